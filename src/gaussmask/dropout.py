@@ -1,0 +1,250 @@
+"""Patch dropout layers: FLIP's random masking, GLIP's centred masking, and the base class for scores of your own."""
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .functional import (
+    gaussian_scores,
+    num_kept_patches,
+    patch_coordinates,
+    take_drawn_tokens,
+    top_patches,
+    uniform_scores,
+)
+from .validation import (
+    check_center,
+    check_flag,
+    check_grid_holds,
+    check_grid_size,
+    check_mask_ratio,
+    check_prefix_count,
+    check_sampling,
+    check_sigma,
+    check_tokens,
+    square_grid_size,
+)
+
+
+class PatchDropout(nn.Module):
+    """Base class: keeps the patches with the highest `scores`, in training only.
+
+    A subclass defines `scores`. In training mode `drop(x)` takes tokens (B, P + N, D) to (B, P + K, D) with
+    K = max(1, floor(N * (1 - mask_ratio) + 1e-6)); in eval mode, and when `mask_ratio` is 0, it returns `x` itself. The
+    P prefix tokens (class, registers) are always kept and do not count in the ratio. To mask at inference, put the
+    model into eval mode and the drop alone into training mode: `model.eval(); drop.train()`.
+
+    There are no parameters and nothing in the state_dict. Every argument is an attribute that may be set between steps;
+    under `torch.compile` each new value compiles once more, so a schedule wants few of them.
+
+    Args:
+        mask_ratio: share of the patches that is dropped, in [0, 1).
+        num_prefix_tokens: P; None is the host's own count when attached, and 0 otherwise.
+        grid_size: (H, W), patches per column and row; None is the host's true grid when attached, and the square root
+            of N otherwise.
+        ordered: keep the tokens in their order; otherwise their order is unspecified, which a ViT does not see.
+
+    Attributes:
+        keep_indices: (B, K) int64, the patches that the latest forward kept, counted without the prefix; None when it
+            dropped nothing. It does not travel in a pickle, a deep copy or a state_dict.
+
+    Raises:
+        ValueError, TypeError: for an argument out of range, also when it is set later, and for `x` in `forward`.
+    """
+
+    _checks: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        "mask_ratio": check_mask_ratio,
+        "num_prefix_tokens": check_prefix_count,
+        "grid_size": lambda grid_size: None if grid_size is None else check_grid_size(grid_size),
+        "ordered": check_flag,
+    }
+
+    mask_ratio: float
+    num_prefix_tokens: int | None
+    grid_size: tuple[int, ...] | None
+    ordered: bool
+    keep_indices: Tensor | None
+
+    def __init__(
+        self,
+        mask_ratio: float,
+        *,
+        num_prefix_tokens: int | None = None,
+        grid_size: Sequence[int] | None = None,
+        ordered: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mask_ratio = mask_ratio
+        self.num_prefix_tokens = num_prefix_tokens
+        self.grid_size = grid_size  # type: ignore[assignment]  # any sequence goes in, a tuple is kept
+        self.ordered = ordered
+        self.keep_indices = None
+        self._mask_shape: tuple[int, ...] = ()
+        self._seam: weakref.ref[nn.Module] | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = self._checks.get(name)
+        super().__setattr__(name, value if check is None else check(value))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The latest draw, and the seat in a host, belong to this very object and not to its copies.
+        return {**self.__dict__, "keep_indices": None, "_seam": None}
+
+    def extra_repr(self) -> str:
+        parts = [f"mask_ratio={self.mask_ratio:g}"]
+        if self.num_prefix_tokens is not None:
+            parts.append(f"num_prefix_tokens={self.num_prefix_tokens}")
+        if self.grid_size is not None:
+            parts.append(f"grid_size={self.grid_size}")
+        return ", ".join(parts + ["ordered=True"] * self.ordered)
+
+    def scores(self, coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One score per patch; the patches with the highest are kept.
+
+        Args:
+            coords: (B, N, 2) float32, the (y, x) centres of the patches in [-1, 1]^2 on each image's own grid, on the
+                device of the tokens. Images that share a grid share the memory too: do not write to it.
+            generator: source of randomness on that device; None is the global one.
+
+        Returns:
+            (B, N) float32. No gradient flows through it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define scores(coords, generator=None) -> (B, N)")
+
+    @property
+    def active(self) -> bool:
+        """Whether a forward would drop patches: in training mode with a mask_ratio above 0."""
+        return self.training and self.mask_ratio > 0
+
+    @property
+    def keep_mask(self) -> Tensor | None:
+        """`keep_indices` as (B, H, W) bool, True where kept; (B, N) for images with grids of their own; or None."""
+        if self.keep_indices is None:
+            return None
+        mask = self.keep_indices.new_zeros(len(self.keep_indices), math.prod(self._mask_shape), dtype=torch.bool)
+        return mask.scatter_(1, self.keep_indices, True).unflatten(1, self._mask_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_tokens(x, self.num_prefix_tokens or 0, self.grid_size)[0]
+
+    def drop_tokens(
+        self,
+        x: Tensor,
+        num_prefix_tokens: int,
+        grid_size: Sequence[int] | None,
+        coords: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `forward` does, told the facts that a host knows about its tokens.
+
+        Args:
+            x: (B, P + N, D).
+            num_prefix_tokens: P.
+            grid_size: (H, W) of all images, or None for a square one.
+            coords: (B, N, 2) instead, where images have grids of their own.
+            valid: (B, N) bool, False for padding, which is kept only where an image has fewer than K real patches.
+
+        Returns:
+            The tokens (B, P + K, D) and the kept indices (B, K), or `x` itself and None when nothing is dropped.
+        """
+        if not self.active:
+            self.keep_indices = None
+            return x, None
+        check_tokens(x, num_prefix_tokens)
+        num_patches = x.shape[1] - num_prefix_tokens
+        if coords is None:
+            grid_size = square_grid_size(num_patches) if grid_size is None else grid_size
+            check_grid_holds(grid_size, num_patches)
+            coords = patch_coordinates(grid_size, device=x.device).expand(x.shape[0], -1, -1)
+            self._mask_shape = tuple(grid_size)
+        else:
+            self._mask_shape = (num_patches,)
+        self.keep_indices = keep_indices = self._draw(coords, valid)
+        return take_drawn_tokens(x, keep_indices, num_prefix_tokens), keep_indices
+
+    @torch.no_grad()
+    def _draw(self, coords: Tensor, valid: Tensor | None) -> Tensor:
+        scores = self.scores(coords)
+        if scores.shape != coords.shape[:2]:
+            raise ValueError(
+                f"{type(self).__name__}.scores must return one score per patch, shape {tuple(coords.shape[:2])}, "
+                f"got {tuple(scores.shape)}"
+            )
+        if valid is not None:
+            scores = scores.masked_fill(~valid, -math.inf)
+        return top_patches(scores, num_kept_patches(coords.shape[1], self.mask_ratio), ordered=self.ordered)
+
+
+class RandomPatchDropout(PatchDropout):
+    """Keep patches uniformly at random: FLIP (Li et al., CVPR 2023, arXiv 2212.00794, section 3).
+
+    Arguments, modes and errors are those of `PatchDropout`.
+
+    >>> drop = RandomPatchDropout(0.75, num_prefix_tokens=1)
+    >>> drop(torch.zeros(2, 1 + 196, 384)).shape
+    torch.Size([2, 50, 384])
+    """
+
+    def scores(self, coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return uniform_scores(coords, generator)
+
+
+class GaussianPatchDropout(PatchDropout):
+    """Keep the patches near the centre more often: GLIP (Liang and Larson, ECML 2024, arXiv 2403.15837, section 3).
+
+    Arguments, modes and errors are those of `PatchDropout`, and:
+
+    Args:
+        sigma: **variance** of the Gaussian on the square [-1, 1]^2 that the image fills, for the paper and its authors'
+            code use it so: their 0.2 is a standard deviation of 0.447, 22 % of the image's side.
+        center: (y, x) of its mean in [-1, 1]^2; (0, 0) is the middle of the image.
+        sampling: `"additive"` is the authors' own rule, u + density with u from U[0, 1). It keeps some patches always
+            and others never when the density is high (see `functional.keep_probability`). `"weighted"` is weighted
+            sampling without replacement with the density as the weights; every patch has a chance.
+
+    >>> drop = GaussianPatchDropout(0.5, sigma=0.2, num_prefix_tokens=1)
+    >>> drop(torch.zeros(2, 1 + 196, 384)).shape
+    torch.Size([2, 99, 384])
+    >>> drop.keep_mask.shape
+    torch.Size([2, 14, 14])
+    """
+
+    _checks: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        **PatchDropout._checks,
+        "sigma": check_sigma,
+        "center": check_center,
+        "sampling": check_sampling,
+    }
+
+    sigma: float
+    center: tuple[float, float]
+    sampling: str
+
+    def __init__(
+        self,
+        mask_ratio: float,
+        sigma: float = 0.2,
+        *,
+        num_prefix_tokens: int | None = None,
+        grid_size: Sequence[int] | None = None,
+        ordered: bool = False,
+        center: tuple[float, float] = (0.0, 0.0),
+        sampling: str = "additive",
+    ) -> None:
+        super().__init__(mask_ratio, num_prefix_tokens=num_prefix_tokens, grid_size=grid_size, ordered=ordered)
+        self.sigma = sigma
+        self.center = center
+        self.sampling = sampling
+
+    def scores(self, coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return gaussian_scores(coords, self.sigma, center=self.center, sampling=self.sampling, generator=generator)
+
+    def extra_repr(self) -> str:
+        own = f"sigma={self.sigma:g} (a variance: std {math.sqrt(self.sigma):.3f}), sampling={self.sampling!r}"
+        if self.center != (0, 0):
+            own += f", center={self.center}"
+        return f"{super().extra_repr()}, {own}"

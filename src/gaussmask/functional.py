@@ -1,0 +1,330 @@
+"""Scores, sampling and token gathering as pure functions.
+
+The way of the data: a grid of patches has coordinates, coordinates and noise give scores, the patches with the highest
+scores are kept, and the kept rows are taken from the tokens. Everything here works without the modules.
+
+Sources: FLIP (Li et al., *Scaling Language-Image Pre-training via Masking*, arXiv 2212.00794) and GLIP (Liang and
+Larson, *Centered Masking for Language-Image Pre-Training*, arXiv 2403.15837).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .probability import inclusion_probability
+from .validation import (
+    check_center,
+    check_count,
+    check_grid_holds,
+    check_grid_size,
+    check_mask_ratio,
+    check_sampling,
+    check_sigma,
+    check_tokens,
+    square_grid_size,
+)
+
+__all__ = [
+    "gaussian_density",
+    "gaussian_patch_dropout",
+    "gaussian_scores",
+    "keep_probability",
+    "num_kept_patches",
+    "patch_coordinates",
+    "sample_keep_indices",
+    "take_tokens",
+    "top_patches",
+    "uniform_scores",
+]
+
+
+def num_kept_patches(num_patches: int, mask_ratio: float) -> int:
+    """How many of `num_patches` are kept: `max(1, floor(num_patches * (1 - mask_ratio) + 1e-6))`.
+
+    The 1e-6 absorbs the rounding of floats, so that 100 patches at 0.9 keep 10 and not 9.
+    """
+    return max(1, math.floor(num_patches * (1 - mask_ratio) + 1e-6))
+
+
+def patch_coordinates(
+    grid_size: Sequence[int], *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The (y, x) centres of the patches on `linspace(-1, 1, H)` x `linspace(-1, 1, W)`, row by row.
+
+    Args:
+        grid_size: (H, W), patches per column and row. An axis of size 1 has its only patch at 0.
+
+    Returns:
+        (H * W, 2).
+    """
+    axes = [
+        torch.linspace(-1, 1, size, device=device, dtype=dtype)
+        if size > 1
+        else torch.zeros(1, device=device, dtype=dtype)
+        for size in grid_size
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def _log_density(coords: Tensor, sigma: float, center: Sequence[float]) -> Tensor:
+    """Logarithm of the bivariate normal density with covariance `sigma * I` at `coords` (..., 2)."""
+    offset_y, offset_x = (coords[..., axis] - center[axis] for axis in (0, 1))
+    return (offset_y.square() + offset_x.square()) / (-2 * sigma) - math.log(2 * math.pi * sigma)
+
+
+def gaussian_density(
+    grid_size: Sequence[int],
+    sigma: float,
+    *,
+    center: Sequence[float] = (0.0, 0.0),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The bivariate normal density at the patches of a grid (GLIP, section 3).
+
+    Args:
+        grid_size: (H, W), patches per column and row.
+        sigma: **variance** of the Gaussian on the square [-1, 1]^2, as in the paper and in its authors' code: 0.2
+            there is a standard deviation of 0.447.
+        center: (y, x) of the mean, in [-1, 1]^2.
+
+    Returns:
+        (H, W).
+
+    Raises:
+        ValueError: for a `sigma`, `center` or `grid_size` that is out of range.
+    """
+    grid_size, sigma, center = check_grid_size(grid_size), check_sigma(sigma), check_center(center)
+    coords = patch_coordinates(grid_size, device=device, dtype=dtype)
+    return _log_density(coords, sigma, center).exp().view(*grid_size)
+
+
+def uniform_scores(coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One draw from U[0, 1) per patch: FLIP's scores.
+
+    Args:
+        coords: (B, N, 2); only its shape and device are used.
+
+    Returns:
+        (B, N) float32, whatever autocast says: bfloat16 has too few values to rank 196 patches without ties.
+    """
+    return torch.rand(coords.shape[:2], generator=generator, device=coords.device, dtype=torch.float32)
+
+
+def gaussian_scores(
+    coords: Tensor,
+    sigma: float,
+    *,
+    center: Sequence[float] = (0.0, 0.0),
+    sampling: str = "additive",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Scores that favour the patches near `center`: GLIP's.
+
+    Args:
+        coords: (B, N, 2), the (y, x) of every patch.
+        sigma: variance of the Gaussian, as in `gaussian_density`.
+        sampling: `"additive"` is u + density, the authors' own rule (theirs is u - (1 - density), which ranks alike).
+            `"weighted"` is weighted sampling without replacement with the density as the weights: Gumbel noise on the
+            log-density (Efraimidis and Spirakis, 2006), which leaves every patch a chance.
+
+    Returns:
+        (B, N) float32. Both rules draw one `torch.rand((B, N))`.
+    """
+    # Images that share a grid expand one row of coordinates: the density of that row serves them all.
+    shared = coords[:1] if coords.stride(0) == 0 else coords
+    log_density = _log_density(shared, sigma, center)
+    noise = uniform_scores(coords, generator)
+    if sampling == "additive":
+        return noise + log_density.exp()
+    noise = noise.clamp(min=torch.finfo(noise.dtype).tiny)  # a draw of 0 would score -inf, like padding
+    return log_density - noise.log().neg().log()
+
+
+def top_patches(scores: Tensor, num_kept: int, *, ordered: bool = False) -> Tensor:
+    """Indices of the `num_kept` highest scores of every row.
+
+    Args:
+        scores: (B, N).
+        ordered: ascending indices; otherwise their order is unspecified, which a ViT does not see.
+
+    Returns:
+        (B, num_kept) int64.
+    """
+    indices = scores.topk(num_kept, dim=-1, sorted=False).indices
+    return indices.sort(dim=-1).values if ordered else indices
+
+
+def sample_keep_indices(
+    batch_size: int,
+    grid_size: Sequence[int],
+    mask_ratio: float,
+    *,
+    sigma: float | None = None,
+    center: Sequence[float] = (0.0, 0.0),
+    sampling: str = "additive",
+    ordered: bool = False,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw the patches that each image keeps.
+
+    Args:
+        grid_size: (H, W), patches per column and row.
+        mask_ratio: share of the patches that is dropped, in [0, 1); see `num_kept_patches`.
+        sigma: variance of the Gaussian (GLIP), or None for uniform sampling (FLIP).
+        center: (y, x) of the Gaussian's mean, in [-1, 1]^2.
+        sampling: `"additive"` or `"weighted"`, see `gaussian_scores`.
+        ordered: ascending indices.
+        generator: source of randomness on `device`; None is the global one.
+
+    Returns:
+        (batch_size, K) int64, without repetition in a row.
+
+    Raises:
+        ValueError, TypeError: for an argument out of range, naming it.
+    """
+    batch_size, grid_size = check_count("batch_size", batch_size), check_grid_size(grid_size)
+    mask_ratio, center, sampling = check_mask_ratio(mask_ratio), check_center(center), check_sampling(sampling)
+    coords = patch_coordinates(grid_size, device=device).expand(batch_size, -1, -1)
+    if sigma is None:
+        scores = uniform_scores(coords, generator)
+    else:
+        scores = gaussian_scores(coords, check_sigma(sigma), center=center, sampling=sampling, generator=generator)
+    return top_patches(scores, num_kept_patches(math.prod(grid_size), mask_ratio), ordered=ordered)
+
+
+def _token_rows(x: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Rows (B, P + K) of the flattened tokens (B * L, D) that hold each image's prefix and kept patches."""
+    batch_size, length, _ = x.shape
+    first_row = torch.arange(0, batch_size * length, length, device=x.device).unsqueeze(1)
+    rows = keep_indices + (first_row + num_prefix_tokens)
+    if num_prefix_tokens == 0:
+        return rows
+    prefix = torch.arange(num_prefix_tokens, device=x.device)
+    return torch.cat([first_row + prefix, rows], dim=1)
+
+
+def _select_rows(x: Tensor, rows: Tensor) -> Tensor:
+    # One index_select for prefix and kept tokens together: several times faster than gather, cat or advanced indexing,
+    # which expand the index over the width or walk the tokens twice.
+    taken = rearrange(x, "b l d -> (b l) d").index_select(0, rows.flatten())
+    return taken.view(*rows.shape, x.shape[2])
+
+
+def take_drawn_tokens(x: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
+    """`take_tokens` for indices that this library drew, which need no check."""
+    return _select_rows(x, _token_rows(x, keep_indices, num_prefix_tokens))
+
+
+def take_tokens(x: Tensor, keep_indices: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """The prefix tokens and the kept patches of every image, in this order.
+
+    Args:
+        x: (B, P + N, D), any dtype and memory layout.
+        keep_indices: (B, K) int64, counted over the N patches only, in any order.
+        num_prefix_tokens: P, class and register tokens in front, which are always kept.
+
+    Returns:
+        (B, P + K, D).
+
+    Raises:
+        ValueError: for `keep_indices` of another dtype, rank or batch; for indices outside [0, N) on the CPU in eager
+            mode. Elsewhere these are caught by the device's own assertion; another image's token is never returned.
+    """
+    num_prefix_tokens = check_count("num_prefix_tokens", num_prefix_tokens)
+    check_tokens(x, num_prefix_tokens)
+    batch_size, length, _ = x.shape
+    num_patches = length - num_prefix_tokens
+    if keep_indices.dtype != torch.int64 or keep_indices.ndim != 2 or keep_indices.shape[0] != batch_size:
+        raise ValueError(
+            f"keep_indices must be int64 of shape ({batch_size}, kept), one row per image of x, "
+            f"got {keep_indices.dtype} of shape {tuple(keep_indices.shape)}"
+        )
+    rows = _token_rows(x, keep_indices, num_prefix_tokens)
+    # In the flattened tokens an index out of range would be a row of the next image. Sent behind the last row, it is
+    # refused by index_select itself, on every device and without a synchronisation.
+    outside = (keep_indices < 0) | (keep_indices >= num_patches)
+    rows[:, num_prefix_tokens:].masked_fill_(outside, batch_size * length)
+    if torch.compiler.is_compiling():
+        return _select_rows(x, rows)
+    try:
+        return _select_rows(x, rows)
+    except IndexError:
+        raise ValueError(
+            f"keep_indices must lie in [0, {num_patches}), counted over the patches without the "
+            f"{num_prefix_tokens} prefix tokens, got values from {keep_indices.min()} to {keep_indices.max()}"
+        ) from None
+
+
+def gaussian_patch_dropout(
+    x: Tensor,
+    mask_ratio: float,
+    sigma: float | None,
+    *,
+    num_prefix_tokens: int = 0,
+    grid_size: Sequence[int] | None = None,
+    center: Sequence[float] = (0.0, 0.0),
+    sampling: str = "additive",
+    ordered: bool = False,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Drop patches of `x` by a Gaussian (GLIP), or uniformly with `sigma=None` (FLIP).
+
+    A function knows no training mode: it always drops. `GaussianPatchDropout` is the module.
+
+    Args:
+        x: (B, P + N, D) tokens, prefix first.
+        grid_size: (H, W) with H * W = N; None takes the square root of N.
+        num_prefix_tokens, mask_ratio, sigma, center, sampling, ordered, generator: as in `take_tokens` and
+            `sample_keep_indices`.
+
+    Returns:
+        The tokens (B, P + K, D) and the indices (B, K) of the patches that they hold.
+
+    Raises:
+        ValueError, TypeError: as `sample_keep_indices`; for N that is no square when no `grid_size` is given.
+    """
+    num_prefix_tokens = check_count("num_prefix_tokens", num_prefix_tokens)
+    check_tokens(x, num_prefix_tokens)
+    num_patches = x.shape[1] - num_prefix_tokens
+    grid_size = square_grid_size(num_patches) if grid_size is None else check_grid_size(grid_size)
+    check_grid_holds(grid_size, num_patches)
+    keep_indices = sample_keep_indices(
+        x.shape[0], grid_size, mask_ratio,
+        sigma=sigma, center=center, sampling=sampling, ordered=ordered, generator=generator, device=x.device,
+    )  # fmt: skip
+    return take_drawn_tokens(x, keep_indices, num_prefix_tokens), keep_indices
+
+
+def keep_probability(
+    grid_size: Sequence[int],
+    mask_ratio: float,
+    *,
+    sigma: float | None = None,
+    center: Sequence[float] = (0.0, 0.0),
+    sampling: str = "additive",
+) -> Tensor:
+    """The chance that each patch is kept, computed rather than simulated.
+
+    Args:
+        grid_size, mask_ratio, sigma, center, sampling: as in `sample_keep_indices`.
+
+    Returns:
+        (H, W) float32 on the CPU, right to 1e-4 on any grid, with the sum K. Some entries may be exactly or nearly 0:
+        at ratio 0.918 and sigma 0.2 the additive rule never keeps 55 % of a 14 x 14 grid.
+
+    Raises:
+        ValueError, TypeError: as `sample_keep_indices`.
+    """
+    grid_size, mask_ratio = check_grid_size(grid_size), check_mask_ratio(mask_ratio)
+    center, sampling = check_center(center), check_sampling(sampling)
+    num_patches = math.prod(grid_size)
+    num_kept = num_kept_patches(num_patches, mask_ratio)
+    if sigma is None or num_kept == num_patches:
+        return torch.full(tuple(grid_size), num_kept / num_patches)
+    log_density = _log_density(patch_coordinates(grid_size, dtype=torch.float64), check_sigma(sigma), center)
+    return inclusion_probability(log_density, num_kept, sampling).to(torch.float32).view(*grid_size)

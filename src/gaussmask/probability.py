@@ -1,0 +1,97 @@
+"""The exact chance of each patch to be among the kept ones, by integration over the threshold."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def inclusion_probability(log_density: Tensor, num_kept: int, sampling: str, num_steps: int = 256) -> Tensor:
+    """P(patch i is among the `num_kept` highest scores), for independent scores.
+
+    Let the threshold fall from the highest score to the lowest. Patch i is kept when it is passed while fewer than K of
+    the others have been passed, so its chance is the integral, over the moment at which it is passed, of
+    P(at most K - 1 of the others passed). That number is a sum of independent Bernoulli variables (Poisson-binomial).
+
+    Args:
+        log_density: (N,) float64.
+        num_kept: K, with 1 <= K < N.
+        sampling: `"additive"` or `"weighted"`.
+        num_steps: steps of the integral; the error falls with their square.
+
+    Returns:
+        (N,) float64 with the sum K.
+    """
+    passed, earliest, latest = _passage(log_density, sampling)
+    num_patches = log_density.numel()
+    nodes = _nodes(num_patches, num_kept, num_steps)  # expected numbers of passed patches
+    times = _invert(lambda time: passed(time).sum(1), nodes, earliest, latest)
+    chance = passed(times)  # (2 * steps + 1, N), rising
+    step_ends, step_middles = chance[0::2], chance[1::2]
+    step_ends[0], step_ends[-1] = 0.0, 1.0
+    in_time = _others_below(step_middles, nodes[1::2], num_kept)
+    kept = (in_time * step_ends.diff(dim=0)).sum(0)
+    return (kept * (num_kept / kept.sum())).clamp(max=1.0)
+
+
+def _passage(log_density: Tensor, sampling: str) -> tuple[Callable[[Tensor], Tensor], float, float]:
+    """The function time (T,) -> (T, N), the chance that each patch has been passed, and the times where it is 0 and 1."""
+    if sampling == "additive":  # u + density passes the threshold -time
+        density = log_density.exp()
+        return (
+            lambda time: (1 + density + time[:, None]).clamp(0, 1),
+            -1 - density.max().item(),
+            -density.min().item(),
+        )
+    # An exponential clock per patch with the density as its rate, in logarithmic time.
+    log_rate = log_density - log_density.max()
+    return (
+        lambda time: -torch.expm1(-torch.exp(time[:, None] + log_rate)),
+        -40.0,
+        4.0 - log_rate.min().item(),
+    )
+
+
+def _nodes(num_patches: int, num_kept: int, num_steps: int) -> Tensor:
+    """Ends and middles of the steps, as expected numbers of passed patches: dense around K, where the outcome falls.
+
+    The first and the last node stand for no patch and for all.
+    """
+    reach = 3 * math.sqrt(num_patches) + 1
+    stretch = torch.linspace(-1, 1, 2 * num_steps + 1, dtype=torch.float64) * math.asinh(8 * reach)
+    return (num_kept + stretch.sinh() / 8).clamp(0, num_patches)
+
+
+def _invert(rising: Callable[[Tensor], Tensor], targets: Tensor, low: float, high: float) -> Tensor:
+    """Where `rising` takes the values `targets`, by bisection."""
+    lower, upper = torch.full_like(targets, low), torch.full_like(targets, high)
+    for _ in range(60):
+        middle = (lower + upper) / 2
+        above = rising(middle) >= targets
+        lower, upper = torch.where(above, lower, middle), torch.where(above, middle, upper)
+    return (lower + upper) / 2
+
+
+def _others_below(chance: Tensor, expected: Tensor, num_kept: int) -> Tensor:
+    """P(fewer than K of the patches other than i have been passed), for every row of `chance` (T, N) and every i.
+
+    The characteristic function of the count is a product over the patches; one factor is divided out for each i, and the
+    distribution comes back by a Fourier sum. Its period needs to hold only the 6 * sqrt(N) counts around the expected
+    one: by Hoeffding's inequality less than 4e-8 lies outside.
+    """
+    num_patches = chance.shape[1]
+    half = math.ceil(3 * math.sqrt(num_patches)) + 1
+    period = 2 * half + 1  # odd, so that no factor 1 + p (e^iw - 1) is 0
+    lowest = expected.round() - half
+    num_counts = (num_kept - lowest).clamp(0, period)  # counts in the window that are below K
+    result = (num_counts / period)[:, None].expand_as(chance).clone()
+    for frequency in range(1, half + 1):
+        angle = 2 * math.pi * frequency / period
+        # Sum of e^(-i angle count) over those counts, by the middle of the window and the Dirichlet kernel.
+        weight = torch.polar(
+            torch.sin(angle * num_counts / 2) / math.sin(angle / 2), -angle * (lowest + (num_counts - 1) / 2)
+        )
+        factors = 1 + chance * complex(math.cos(angle) - 1, math.sin(angle))
+        result += 2 / period * (weight[:, None] * factors.prod(1, keepdim=True) / factors).real
+    return result.clamp(0, 1)

@@ -1,0 +1,100 @@
+"""What a bad argument gets: an exception that names the argument, the value and the way out."""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+from torch import Tensor
+
+SAMPLINGS = ("additive", "weighted")
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    return float(value)
+
+
+def check_mask_ratio(mask_ratio: object) -> float:
+    ratio = _number("mask_ratio", mask_ratio)
+    if not 0 <= ratio < 1:
+        raise ValueError(
+            f"mask_ratio must lie in [0, 1), got {mask_ratio!r}: it is the share of patches that are dropped"
+        )
+    return ratio
+
+
+def check_sigma(sigma: object) -> float:
+    variance = _number("sigma", sigma)
+    if not (0 < variance < math.inf):
+        raise ValueError(
+            f"sigma must be positive and finite, got {sigma!r}: it is the variance of the Gaussian, "
+            "and RandomPatchDropout is its limit for large values"
+        )
+    return variance
+
+
+def check_center(center: object) -> tuple[float, float]:
+    if isinstance(center, str) or not isinstance(center, Sequence) or len(center) != 2:
+        raise ValueError(f"center must be a pair (y, x), got {center!r}")
+    y, x = (_number("center", value) for value in center)
+    if not (-1 <= y <= 1 and -1 <= x <= 1):
+        raise ValueError(f"center must lie in [-1, 1] x [-1, 1], got {center!r}: (0, 0) is the middle of the image")
+    return y, x
+
+
+def check_sampling(sampling: object) -> str:
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"sampling must be one of {', '.join(map(repr, SAMPLINGS))}, got {sampling!r}")
+    return str(sampling)
+
+
+def check_count(name: str, value: object, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return int(value)
+
+
+def check_prefix_count(value: object) -> int | None:
+    return None if value is None else check_count("num_prefix_tokens", value)
+
+
+def check_flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"ordered must be True or False, got {value!r}")
+    return value
+
+
+def check_grid_size(grid_size: object) -> tuple[int, ...]:
+    if isinstance(grid_size, str) or not isinstance(grid_size, Sequence) or len(grid_size) != 2:
+        raise ValueError(f"grid_size must be a pair (height, width) of patch counts, got {grid_size!r}")
+    return tuple(check_count("grid_size", size, least=1) for size in grid_size)
+
+
+def check_tokens(x: Tensor, num_prefix_tokens: int) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape (batch, tokens, width), got {tuple(x.shape)}")
+    if x.shape[1] <= num_prefix_tokens:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} holds no patch behind its num_prefix_tokens={num_prefix_tokens} prefix tokens"
+        )
+
+
+def square_grid_size(num_patches: int) -> tuple[int, int]:
+    side = math.isqrt(num_patches)
+    if side * side != num_patches:
+        raise ValueError(
+            f"{num_patches} patches form no square grid: pass grid_size=(height, width), "
+            "and num_prefix_tokens if class or register tokens are among them"
+        )
+    return side, side
+
+
+def check_grid_holds(grid_size: Sequence[int], num_patches: int) -> None:
+    if math.prod(grid_size) != num_patches:
+        raise ValueError(
+            f"a grid of {' x '.join(map(str, grid_size))} does not hold {num_patches} patches: "
+            "pass the grid_size (and num_prefix_tokens) of these tokens"
+        )
