@@ -62,8 +62,8 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
     """Let the vision tower of `model` drop patches, in place.
 
     The class, config, state_dict and forward signature of the model do not change. The drop takes the tower's current
-    mode (training or eval) and follows `model.train()` and `model.eval()` from then on. Attaching again replaces. Attach
-    before `torch.compile`; deep copies and pickles of the model carry a drop of their own (`attached`).
+    mode (training or eval) and follows `model.train()` and `model.eval()` from then on. Attaching again replaces.
+    Attach before `torch.compile`; deep copies and pickles of the model carry a drop of their own (`attached`).
 
     Args:
         model: a ViT of timm, transformers or open_clip, or any module that contains one such vision tower.
@@ -94,11 +94,11 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
         raise ValueError(
             f"this {type(drop).__name__} is attached to another model: detach it there, or make one drop per model"
         )
-    num_prefix_tokens = host.num_prefix_tokens(module)
-    seam = host.seam(drop, num_prefix_tokens, type(module).__name__)
-    seam.agreed("num_prefix_tokens", num_prefix_tokens)
+    parent = owners[-1] if owners else None
+    seam = host.seam(drop, host.num_prefix_tokens(module), type(module).__name__)
+    seam.check(parent)
     detach(model)
-    seam.install(module, owners[-1] if owners else None, host.slot, host.grid_source)
+    seam.install(module, parent, host.slot, host.grid_source)
     seam.train(module.training)
     return model
 

@@ -126,7 +126,7 @@ class PatchDropout(nn.Module):
         if self.keep_indices is None:
             return None
         mask = self.keep_indices.new_zeros(len(self.keep_indices), math.prod(self._mask_shape), dtype=torch.bool)
-        return mask.scatter_(1, self.keep_indices, True).unflatten(1, self._mask_shape)
+        return mask.scatter_(1, self.keep_indices, True).view(len(mask), *self._mask_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop_tokens(x, self.num_prefix_tokens or 0, self.grid_size)[0]

@@ -39,10 +39,14 @@ class Seam(nn.Module):
         self.handles: list[RemovableHandle] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.drop._seam = weakref.ref(self)  # the copied drop sits in the copied host
 
-    def install(self, host: nn.Module, parent: nn.Module | None, slot: str, grid_source: str) -> None:
+    def check(self, parent: Any) -> None:
+        """Raise where the drop or the surroundings of the host do not fit, before anything is changed."""
+        self.agreed("num_prefix_tokens", self.num_prefix_tokens)
+
+    def install(self, host: nn.Module, parent: Any, slot: str, grid_source: str) -> None:
         """Take the place of `host.<slot>`, and watch the module that shows the grid."""
         self.drop._seam = weakref.ref(self)
         self.replaced_nothing = not hasattr(host, slot)
@@ -103,7 +107,10 @@ class TimmSeam(Seam):
 
     def watch_grid(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         # The grid_size of the config is not the true one for dynamic sizes; those come out as (B, H, W, D).
-        self.grid_size = tuple(output.shape[1:3] if output.ndim == 4 else module.dynamic_feat_size(args[0].shape[-2:]))
+        patch_embed: Any = module
+        self.grid_size = tuple(
+            output.shape[1:3] if output.ndim == 4 else patch_embed.dynamic_feat_size(args[0].shape[-2:])
+        )
 
 
 class TimmTupleSeam(TimmSeam):
@@ -126,6 +133,8 @@ class NaFlexSeam(Seam):
                 f"{self.host_name} skips its patch dropout in eval mode, so nothing would be masked: for masked "
                 "inference put the model into training mode, with its other dropouts at 0"
             )
+        if not module.training:
+            self.drop.keep_indices = None  # the seam, which would say so, is skipped
         self.grid_size = output[1]
         self.patches = {} if self.grid_size else _naflex_patches(**kwargs)
 
@@ -139,7 +148,7 @@ class NaFlexSeam(Seam):
 
 
 def _naflex_patches(patch_coord: Tensor, patch_valid: Tensor | None = None) -> dict[str, Tensor]:
-    """Coordinates in [-1, 1]^2 on each image's own grid, from NaFlex's (B, N, 2) integer (y, x), and what is padding."""
+    """Coordinates in [-1, 1]^2 on each image's own grid, from NaFlex's integer (y, x), and which patches are real."""
     if patch_valid is None:
         patch_valid = torch.ones(patch_coord.shape[:2], dtype=torch.bool, device=patch_coord.device)
     last = patch_coord.masked_fill(~patch_valid.bool().unsqueeze(-1), 0).amax(dim=1, keepdim=True)
@@ -150,7 +159,7 @@ def _naflex_patches(patch_coord: Tensor, patch_valid: Tensor | None = None) -> d
 class HookSeam(Seam):
     """A forward hook on an embedding module that returns tokens with their positions: transformers."""
 
-    def install(self, host: nn.Module, parent: nn.Module | None, slot: str, grid_source: str) -> None:
+    def install(self, host: nn.Module, parent: Any, slot: str, grid_source: str) -> None:
         super().install(host, parent, slot, grid_source)
         self.handles.append(host.register_forward_hook(self.after_embeddings))
 
@@ -161,15 +170,17 @@ class HookSeam(Seam):
 class RotaryHookSeam(HookSeam):
     """`HookSeam`, and the rotary table that the model makes beside it loses the rows of the dropped patches."""
 
-    def install(self, host: nn.Module, parent: nn.Module | None, slot: str, grid_source: str) -> None:
-        rotary = getattr(parent, "rope_embeddings", None)
-        if rotary is None:
+    def check(self, parent: Any) -> None:
+        super().check(parent)
+        if not hasattr(parent, "rope_embeddings"):
             raise UnsupportedModelError(
                 f"{self.host_name} by itself lacks the rotary positions that the model makes beside it: attach to the "
                 "model that holds both"
             )
+
+    def install(self, host: nn.Module, parent: Any, slot: str, grid_source: str) -> None:
         super().install(host, parent, slot, grid_source)
-        self.handles.append(rotary.register_forward_hook(self.after_rotary))
+        self.handles.append(parent.rope_embeddings.register_forward_hook(self.after_rotary))
 
     def after_rotary(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         keep_indices = self.drop.keep_indices
@@ -181,7 +192,7 @@ class RotaryHookSeam(HookSeam):
 class FeatureMapGuard:
     """Stands before `forward_intermediates`, whose (B, D, H, W) maps would be scrambled by a shorter sequence."""
 
-    def __init__(self, host: nn.Module, drop: PatchDropout) -> None:
+    def __init__(self, host: Any, drop: PatchDropout) -> None:
         self.host = host
         self.drop = drop
 
@@ -208,14 +219,14 @@ class Host:
     seam: type[Seam]
     slot: str
     grid_source: str
-    num_prefix_tokens: Callable[[nn.Module], int]
+    num_prefix_tokens: Callable[[Any], int]
 
 
 def _timm(seam: type[Seam], grid_source: str = "patch_embed") -> Host:
     return Host(seam, "patch_drop", grid_source, lambda model: model.num_prefix_tokens)
 
 
-def _embeddings(num_prefix_tokens: Callable[[nn.Module], int], grid_source: str, seam: type[Seam] = HookSeam) -> Host:
+def _embeddings(num_prefix_tokens: Callable[[Any], int], grid_source: str, seam: type[Seam] = HookSeam) -> Host:
     return Host(seam, "patch_drop", grid_source, num_prefix_tokens)
 
 

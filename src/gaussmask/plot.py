@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+DROPPED_GREY = 0.85
+
 
 def keep_probability(
     grid_size: Sequence[int],
@@ -54,26 +56,36 @@ def keep_probability(
 
 
 def masked_images(
-    images: Tensor, keep_mask: Tensor | None, *, columns: int = 8, dim: float = 0.2, titles: Sequence[str] = ()
+    images: Tensor,
+    keep_mask: Tensor | None,
+    *,
+    columns: int = 8,
+    visibility: float = 0.2,
+    titles: Sequence[str] = (),
+    axes: "Sequence[Axes] | None" = None,
 ) -> "Figure":
-    """Draw a batch of images with the dropped patches dimmed.
+    """Draw a batch of images with the dropped patches dimmed: faded to a light grey.
 
     Args:
         images: (B, 3, height, width) or (B, 1, height, width), uint8 or float in [0, 1].
         keep_mask: (B, H, W) bool, as `drop.keep_mask` gives it after a forward of these images; None (nothing was
             dropped) leaves them as they are.
         columns: images per row.
-        dim: brightness of a dropped patch, 0 (black) to 1 (as it was).
+        visibility: of a dropped patch, 0 (a grey square) to 1 (as it was).
         titles: one for each image, or none.
+        axes: where to draw, one for each image; None is a new figure.
 
     Returns:
         The Figure.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: for shapes and counts that do not fit.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images must have shape (batch, 3 or 1, height, width), got {tuple(images.shape)}")
+    for name, values in (("titles", titles or None), ("axes", axes)):
+        if values is not None and len(values) != len(images):
+            raise ValueError(f"{name} must be one for each of the {len(images)} images, got {len(values)}")
     pixels = images.detach().cpu()
     pixels = pixels / 255 if pixels.dtype == torch.uint8 else pixels.float().clamp(0, 1)
     if keep_mask is not None:
@@ -82,20 +94,25 @@ def masked_images(
                 f"keep_mask must have shape ({len(images)}, rows, columns) for images of shape {tuple(images.shape)}, "
                 f"got {tuple(keep_mask.shape)}"
             )
-        brightness = torch.where(keep_mask.cpu(), 1.0, dim).unsqueeze(1)
-        pixels = pixels * torch.nn.functional.interpolate(brightness, size=pixels.shape[2:], mode="nearest-exact")
-    columns = min(columns, len(pixels))
-    rows = math.ceil(len(pixels) / columns)
-    figure, axes = _pyplot().subplots(
-        rows, columns, squeeze=False, figsize=(1.3 * columns, (1.5 if titles else 1.3) * rows), layout="constrained"
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image in zip(axes.flat, rearrange(pixels, "b c h w -> b h w c").numpy(), strict=False):
+        visible = torch.where(keep_mask.cpu(), 1.0, visibility).unsqueeze(1)
+        visible = torch.nn.functional.interpolate(visible, size=pixels.shape[2:], mode="nearest-exact")
+        pixels = visible * pixels + (1 - visible) * DROPPED_GREY
+    if axes is None:
+        axes = _axes_grid(len(pixels), min(columns, len(pixels)), height=1.5 if titles else 1.3)
+    for axis, image in zip(axes, rearrange(pixels, "b c h w -> b h w c").numpy(), strict=False):
         axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-    for axis, title in zip(axes.flat, titles, strict=False):
+    for axis, title in zip(axes, titles, strict=False):
         axis.set_title(title, fontsize="small")
-    return figure
+    for axis in axes:
+        axis.axis("off")
+    return axes[0].figure  # type: ignore[return-value]  # not a subfigure
+
+
+def _axes_grid(count: int, columns: int, height: float) -> "Sequence[Axes]":
+    rows = math.ceil(count / columns)
+    size = (1.3 * columns, height * rows)
+    _, axes = _pyplot().subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
+    return list(axes.flat)
 
 
 def _pyplot() -> Any:

@@ -1,0 +1,40 @@
+# Two commands set everything up on a machine with Python 3.10 or newer and make:
+#   make demo   the notebook on its embedded data, with the result table
+#   make test   the test suite
+# The environment lies in $(VENV) and is made anew only when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint notebook clean
+
+demo: $(READY)
+	$(BIN)/python examples/run_notebook.py --output build
+
+test: $(READY)
+	$(BIN)/pytest -n auto --dist loadgroup
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Execute the notebook and commit what comes out.
+notebook: $(READY)
+	$(BIN)/python examples/run_notebook.py --output build --in-place
+
+$(READY): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "'$(PYTHON)' is not on the PATH: install Python 3.10 or newer, or call make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, this is $$($(PYTHON) --version): call make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python's venv module is missing (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	@echo "Installing gaussmask with torch, timm, transformers and open_clip into $(VENV): minutes, several GB with CUDA"
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable ".[all]" --group dev || { echo "The installation failed: see pip's message above. It needs a network (or an index of your own, in PIP_ARGS) and about 8 GB of disk"; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,132 @@
+"""From a grid of patches to one score per patch, and from scores to the patches that are kept.
+
+Sources: FLIP (Li et al., *Scaling Language-Image Pre-training via Masking*, arXiv 2212.00794) and GLIP (Liang and
+Larson, *Centered Masking for Language-Image Pre-Training*, arXiv 2403.15837).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .validation import check_center, check_grid_size, check_sigma
+
+
+def num_kept_patches(num_patches: int, mask_ratio: float) -> int:
+    """How many of `num_patches` are kept: `max(1, floor(num_patches * (1 - mask_ratio) + 1e-6))`.
+
+    The 1e-6 absorbs the rounding of floats, so that 100 patches at 0.9 keep 10 and not 9.
+    """
+    return max(1, math.floor(num_patches * (1 - mask_ratio) + 1e-6))
+
+
+def patch_coordinates(
+    grid_size: Sequence[int], *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The (y, x) centres of the patches on `linspace(-1, 1, H)` x `linspace(-1, 1, W)`, row by row.
+
+    Args:
+        grid_size: (H, W), patches per column and row. An axis of size 1 has its only patch at 0.
+
+    Returns:
+        (H * W, 2).
+    """
+    axes = [
+        torch.linspace(-1, 1, size, device=device, dtype=dtype)
+        if size > 1
+        else torch.zeros(1, device=device, dtype=dtype)
+        for size in grid_size
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def log_density_at(coords: Tensor, sigma: float, center: Sequence[float]) -> Tensor:
+    """Logarithm of the bivariate normal density with covariance `sigma * I` at `coords` (..., 2)."""
+    offset_y, offset_x = (coords[..., axis] - center[axis] for axis in (0, 1))
+    return (offset_y.square() + offset_x.square()) / (-2 * sigma) - math.log(2 * math.pi * sigma)
+
+
+def gaussian_density(
+    grid_size: Sequence[int],
+    sigma: float,
+    *,
+    center: Sequence[float] = (0.0, 0.0),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The bivariate normal density at the patches of a grid (GLIP, section 3).
+
+    Args:
+        grid_size: (H, W), patches per column and row.
+        sigma: **variance** of the Gaussian on the square [-1, 1]^2, as in the paper and in its authors' code: 0.2
+            there is a standard deviation of 0.447.
+        center: (y, x) of the mean, in [-1, 1]^2.
+
+    Returns:
+        (H, W).
+
+    Raises:
+        ValueError: for a `sigma`, `center` or `grid_size` that is out of range.
+    """
+    grid_size, sigma, center = check_grid_size(grid_size), check_sigma(sigma), check_center(center)
+    coords = patch_coordinates(grid_size, device=device, dtype=dtype)
+    return log_density_at(coords, sigma, center).exp().view(*grid_size)
+
+
+def uniform_scores(coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One draw from U[0, 1) per patch: FLIP's scores.
+
+    Args:
+        coords: (B, N, 2); only its shape and device are used.
+
+    Returns:
+        (B, N) float32, whatever autocast says: bfloat16 has too few values to rank 196 patches without ties.
+    """
+    if generator is None:  # torch.rand takes symbolic sizes, and so compiles for any batch, only without the argument
+        return torch.rand(coords.shape[:2], device=coords.device, dtype=torch.float32)
+    return torch.rand(coords.shape[:2], generator=generator, device=coords.device, dtype=torch.float32)
+
+
+def gaussian_scores(
+    coords: Tensor,
+    sigma: float,
+    *,
+    center: Sequence[float] = (0.0, 0.0),
+    sampling: str = "additive",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Scores that favour the patches near `center`: GLIP's.
+
+    Args:
+        coords: (B, N, 2), the (y, x) of every patch.
+        sigma: variance of the Gaussian, as in `gaussian_density`.
+        sampling: `"additive"` is u + density, the authors' own rule (theirs is u - (1 - density), which ranks alike).
+            `"weighted"` is weighted sampling without replacement with the density as the weights: Gumbel noise on the
+            log-density (Efraimidis and Spirakis, 2006), which leaves every patch a chance.
+
+    Returns:
+        (B, N) float32. Both rules draw one `torch.rand((B, N))`.
+    """
+    # Images that share a grid expand one row of coordinates: the density of that row serves them all.
+    shared = coords[:1] if coords.stride(0) == 0 else coords
+    log_density = log_density_at(shared, sigma, center)
+    noise = uniform_scores(coords, generator)
+    if sampling == "additive":
+        return noise + log_density.exp()
+    noise = noise.clamp(min=torch.finfo(noise.dtype).tiny)  # a draw of 0 would score -inf, like padding
+    return log_density - noise.log().neg().log()
+
+
+def top_patches(scores: Tensor, num_kept: int, *, ordered: bool = False) -> Tensor:
+    """Indices of the `num_kept` highest scores of every row.
+
+    Args:
+        scores: (B, N).
+        ordered: ascending indices; otherwise their order is unspecified, which a ViT does not see.
+
+    Returns:
+        (B, num_kept) int64.
+    """
+    indices = scores.topk(num_kept, dim=-1, sorted=False).indices
+    return indices.sort(dim=-1).values if ordered else indices

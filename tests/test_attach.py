@@ -1,0 +1,472 @@
+"""What `attach` promises to every host, and what it refuses."""
+
+import copy
+import gc
+import inspect
+import io
+import pickle
+import re
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import transformers as tf
+from hosts import ALL, PADDED_GRIDS, TEXT, VISION, make_hf, make_naflex, make_open_tower, make_timm, x_images
+from torch import nn
+
+import gaussmask
+from gaussmask import GaussianPatchDropout, PatchDropout, RandomPatchDropout, UnsupportedModelError
+
+# One host for every kind of seam and every way in which it can be buried.
+COMPILED = ["timm-vit", "timm-eva-pe", "transformers-CLIPModel", "transformers-DINOv3ViTModel"]
+SAVED = ["transformers-CLIPModel", "transformers-DINOv3ViTModel", "transformers-TimmWrapperModel"]
+REPRESENTATIVE = [
+    "timm-vit", "timm-eva-pe", "timm-naflex-mixed", "timm-naflex-padded", *SAVED,
+    "open_clip-tower-patch-dropout", "open_clip-CustomTextCLIP-timm",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=REPRESENTATIVE)
+def host(request):
+    return ALL[request.param]
+
+
+def num_patches(host):
+    return host.grid[0] * host.grid[1] if host.grid else 36
+
+
+def result(host, model, inputs, seed=None):
+    if seed is not None:
+        torch.manual_seed(seed)
+    return host.pooled(model(**inputs))
+
+
+def structure(model, *, identity=True):
+    """All that attaching could leave behind: attributes, submodules and hooks of every module."""
+    return {
+        name: (
+            type(module),
+            id(module) if identity else None,
+            sorted(vars(module)),
+            [(child, value is None) for child, value in module._modules.items()],
+            {key: len(value) for key, value in vars(module).items() if isinstance(value, dict) and "hooks" in key},
+        )
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+
+
+def keeps(drop, host, batch_size, share):
+    patches = num_patches(host)
+    return drop.keep_indices.shape == (batch_size, int(patches * share)) and drop.keep_indices.max() < patches
+
+
+def face(model):
+    return type(model), list(model.state_dict()), inspect.signature(model.forward), str(getattr(model, "config", None))
+
+
+def test_eval_is_bit_identical_and_the_modes_reach_the_drop(host):
+    model, inputs, drop = host.build().eval(), host.inputs(2), RandomPatchDropout(0.5)
+    expected, before = result(host, model, inputs), face(model)
+    assert gaussmask.attach(model, drop) is model
+    assert gaussmask.attached(model) is drop
+    assert not drop.training, "the drop takes the mode of the model, which from_pretrained returns in eval"
+    assert torch.equal(result(host, model, inputs), expected)
+    assert drop.keep_indices is drop.keep_mask is None
+    assert face(model) == before
+
+    model.train()(**inputs)
+    assert keeps(drop, host, 2, 0.5)
+    model.eval()(**inputs)
+    assert drop.keep_indices is None
+    model.train()
+    drop.mask_ratio = 0.0  # unmasked tuning
+    assert torch.allclose(result(host, model, inputs), expected, atol=1e-6)
+    assert drop.keep_indices is None
+    assert gaussmask.attached(gaussmask.attach(host.build(), RandomPatchDropout(0.5))).training
+
+
+def test_the_drop_has_a_mode_of_its_own(host):
+    model, inputs, drop = host.build(), host.inputs(2), RandomPatchDropout(0.5)
+    gaussmask.attach(model, drop)
+    drop.eval()
+    model(**inputs)
+    assert drop.keep_indices is None
+    model.eval()
+    drop.train()
+    if host.build.func is make_naflex:
+        with pytest.raises(UnsupportedModelError, match="NaFlexVit skips its patch dropout in eval mode"):
+            model(**inputs)
+    else:
+        model(**inputs)
+        assert keeps(drop, host, 2, 0.5)
+
+
+def test_detach_restores_and_twice_replaces(host):
+    model, inputs = host.build(), host.inputs(2)
+    before, output = structure(model), result(host, model, inputs, seed=3)
+    first, second = RandomPatchDropout(0.5), RandomPatchDropout(0.75)
+    gaussmask.attach(model, first)
+    once = structure(model, identity=False)
+    for drop in (second, second):  # also by itself
+        gaussmask.attach(model, drop)
+        assert structure(model, identity=False) == once
+    model(**inputs)
+    assert gaussmask.attached(model) is second
+    assert keeps(second, host, 2, 0.25), "the second takes the place of the first and does not come on top of it"
+    assert first.keep_indices is None
+    for _ in range(2):  # nothing to detach is no error
+        assert gaussmask.detach(model) is model
+        assert gaussmask.attached(model) is None
+        assert structure(model) == before
+    assert torch.equal(result(host, model, inputs, seed=3), output)
+
+
+def by_torch_save(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def by_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
+def test_copies_carry_a_drop_of_their_own(host, duplicate):
+    model, inputs, drop = host.build(), host.inputs(3), GaussianPatchDropout(0.5, sigma=0.7)
+    plain = structure(duplicate(model), identity=False)
+    gaussmask.attach(model, drop)(**inputs)
+    mask = drop.keep_indices
+
+    twin = duplicate(model)
+    own = gaussmask.attached(twin)
+    assert own is not drop
+    assert (type(own), own.mask_ratio, own.sigma, own.keep_indices) == (GaussianPatchDropout, 0.5, 0.7, None)
+    assert torch.equal(result(host, twin, inputs, seed=3), result(host, copy.deepcopy(model), inputs, seed=3))
+    own.mask_ratio = 0.75
+    twin(**inputs)
+    assert keeps(own, host, 3, 0.25)
+    twin.eval()(**inputs)
+    assert own.keep_indices is None
+    assert drop.training
+    assert drop.keep_indices is mask, "nothing that happens to the copy reaches the original"
+    with pytest.raises(ValueError, match="attached to another model"):
+        gaussmask.attach(model, own)
+
+    gaussmask.detach(twin.train())
+    assert structure(twin, identity=False) == plain
+    twin(**inputs)
+    assert drop.keep_indices is mask
+    gaussmask.attach(model, own)(**inputs)
+    assert keeps(own, host, 3, 0.25)
+
+
+def test_one_drop_serves_one_model():
+    first, second, drop = make_timm(), ALL["transformers-CLIPModel"].build(), RandomPatchDropout(0.5)
+    gaussmask.attach(first, drop)
+    with pytest.raises(ValueError, match="this RandomPatchDropout is attached to another model: detach"):
+        gaussmask.attach(second, drop)
+    assert gaussmask.attached(second) is None
+    assert gaussmask.attached(first) is drop
+    gaussmask.attach(nn.Sequential(first), drop)  # the same tower, seen from above
+    gaussmask.detach(first)
+    gaussmask.attach(second, drop)
+    del second
+    gc.collect()
+    both = nn.ModuleList([first, nn.Sequential(first)])  # one tower under two names
+    assert gaussmask.attached(gaussmask.attach(both, drop)) is drop
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_save_pretrained_round_trip(name, tmp_path):
+    model, inputs = ALL[name].build().eval(), ALL[name].inputs(2)
+    gaussmask.attach(model, RandomPatchDropout(0.5)).save_pretrained(tmp_path)
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert gaussmask.attached(loaded) is None
+    assert torch.equal(result(ALL[name], loaded, inputs), result(ALL[name], model, inputs))
+    model.load_state_dict(loaded.state_dict(), strict=True)
+
+
+# Training machinery
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_without_a_graph_break(name):
+    torch._dynamo.reset()
+    host, drop, kept = ALL[name], GaussianPatchDropout(0.5), []
+    model = gaussmask.attach(host.build(), drop)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert gaussmask.attached(compiled) is drop
+    for seed, batch_size in [(3, 2), (4, 2), (5, 3)]:  # the last batch of an epoch has a size of its own
+        inputs = host.inputs(batch_size)
+        expected, keep_indices = result(host, model, inputs, seed), drop.keep_indices
+        output = result(host, compiled, inputs, seed)
+        assert torch.equal(drop.keep_indices, keep_indices)
+        assert torch.allclose(output, expected, atol=1e-5)
+        output.sum().backward()
+        kept.append(keep_indices)
+    assert not torch.equal(kept[0], kept[1])
+    drop.mask_ratio = 0.75
+    compiled(**inputs)
+    assert keeps(drop, host, 3, 0.25)
+    assert torch.allclose(result(host, compiled.eval(), inputs), result(host, model, inputs), atol=1e-5)
+    assert drop.keep_indices is None
+
+
+@pytest.mark.parametrize("name", [*COMPILED, "timm-naflex-mixed"])
+def test_gradient_checkpointing_changes_nothing(name):
+    host = ALL[name]
+    model, batches = gaussmask.attach(host.build(), RandomPatchDropout(0.5)), [host.inputs(2), host.inputs(2)]
+
+    def step():
+        torch.manual_seed(3)
+        model.zero_grad()
+        losses = [result(host, model, inputs).square().sum() for inputs in batches]  # two forwards, then one backward
+        sum(losses).backward()
+        return [*losses, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+    expected = step()
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(True)
+    elif hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:  # transformers 5.0
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert len(expected) > 10
+    for value, reference in zip(step(), expected, strict=True):
+        assert torch.allclose(value, reference, atol=1e-6)
+
+
+def test_autocast_keeps_the_same_patches(host):
+    inputs, drop = host.inputs(3), GaussianPatchDropout(0.5)
+    model = gaussmask.attach(host.build(), drop)
+    result(host, model, inputs, seed=3)
+    keep_indices = drop.keep_indices
+    with torch.autocast("cpu", torch.bfloat16):
+        result(host, model, inputs, seed=3)
+    assert torch.equal(drop.keep_indices, keep_indices)
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "transformers-CLIPVisionModel", "transformers-DINOv3ViTModel"])
+def test_gradients_reach_the_pixels_of_kept_patches_only(name):
+    host, drop = ALL[name], RandomPatchDropout(0.75)
+    inputs = host.inputs(2)
+    (pixels,) = (value.requires_grad_() for value in inputs.values())
+    result(host, gaussmask.attach(host.build(), drop), inputs).square().sum().backward()
+    touched = pixels.grad.unflatten(2, (6, 8)).unflatten(4, (6, 8)).abs().amax(dim=(1, 3, 5)) > 0
+    assert torch.equal(touched, drop.keep_mask)
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")  # DINOv3's pooled output
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2 before attach"])
+@pytest.mark.parametrize("name", ["timm-vit", "timm-eva-pe", "transformers-DINOv3ViTModel", "open_clip-tower"])
+def test_distributed(name, wrapper):
+    host, drop = ALL[name], RandomPatchDropout(0.5)
+    model = host.build()
+    if wrapper == "fsdp2 before attach":
+        gaussmask.attach(dist.fsdp.fully_shard(model), drop)
+    else:
+        gaussmask.attach(model, drop)
+        model = nn.parallel.DistributedDataParallel(model) if wrapper == "ddp" else dist.fsdp.fully_shard(model)
+    assert gaussmask.attached(model) is drop
+    result(host, model, host.inputs(2)).sum().backward()
+    assert keeps(drop, host, 2, 0.5)
+    assert gaussmask.attached(gaussmask.detach(model)) is None
+
+
+# What hosts bring along
+
+
+MAKERS = {
+    "vit": make_timm, "eva": partial(make_timm, "eva02_tiny_patch14_224"), "naflex": partial(make_naflex, reg_tokens=1),
+    "open_clip": make_open_tower,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_the_hosts_own_patch_dropout_gives_way_and_comes_back(make):
+    slot, argument = ("patch_dropout",) * 2 if make is make_open_tower else ("patch_drop", "patch_drop_rate")
+    model, inputs, lengths = make(**{argument: 0.25}), x_images(2), []
+    last = model.transformer if make is make_open_tower else model.blocks[-1]
+    last.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    own = getattr(model, slot)
+    model(**inputs)
+    gaussmask.attach(model, RandomPatchDropout(0.5))(**inputs)
+    gaussmask.detach(model)(**inputs)
+    assert lengths == [1 + 27, 1 + 18, 1 + 27]
+    assert getattr(model, slot) is own
+
+
+def test_each_image_of_a_padded_batch_has_its_own_coordinates_and_padding_comes_last():
+    seen = []
+
+    class Recording(PatchDropout):
+        def scores(self, coords, generator=None):
+            seen.append(coords)
+            return -torch.rand(coords.shape[:2])
+
+    host, drop = ALL["timm-naflex-padded"], Recording(0.5)
+    inputs = host.inputs(3)
+    gaussmask.attach(host.build(), drop)(**inputs)
+    (coords,) = seen
+    for image, (height, width) in enumerate(PADDED_GRIDS):
+        grid = torch.cartesian_prod(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width))
+        assert torch.allclose(coords[image, : height * width], grid)
+    valid = inputs["x"]["patch_valid"]
+    assert (drop.keep_mask & valid).sum(dim=1).tolist() == [18, 18, 12]
+    assert drop.keep_indices.shape == (3, 18)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_dense_feature_maps_raise_instead_of_being_scrambled(make):
+    model, x = make().eval(), x_images(2)["x"]
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    gaussmask.attach(model, RandomPatchDropout(0.75))  # 9 of 36 patches: maps of 8 channels would fit
+    model.train()
+    for more in ({}, {"output_fmt": "NCHW"}):
+        with pytest.raises(UnsupportedModelError, match=f"{type(model).__name__}.forward_intermediates .* dense map"):
+            model.forward_intermediates(x, **more)
+    tokens = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+    assert (tokens["image_intermediates"] if isinstance(tokens, dict) else tokens)[0].shape == (2, 9, 32)
+    maps = copy.deepcopy(model).eval().forward_intermediates(x, intermediates_only=True)
+    torch.testing.assert_close(maps, expected, rtol=0, atol=0)
+
+
+def test_dense_feature_maps_behind_a_wrapper():
+    x, dense = x_images(2)["x"], pytest.raises(UnsupportedModelError, match="dense map")
+    trunk = gaussmask.attach(make_timm(features_only=True, out_indices=(0, 1)), RandomPatchDropout(0.75))
+    with dense:
+        trunk(x)
+    trunk.output_fmt = type(trunk.output_fmt)("NLC")
+    assert trunk(x)[0].shape == (2, 9, 32)
+    wrapper = gaussmask.attach(ALL["transformers-TimmWrapperModel"].build(), RandomPatchDropout(0.75))
+    with dense:
+        wrapper(x, output_hidden_states=True)
+    pair = gaussmask.attach(ALL["open_clip-CLIP"].build(), RandomPatchDropout(0.75))
+    with dense:
+        pair.forward_intermediates(x)
+    assert pair.forward_intermediates(x, image_output_fmt="NLC")["image_intermediates"][0].shape == (2, 9, 32)
+
+
+def test_a_new_image_size_is_seen():
+    model, drop = make_timm(), RandomPatchDropout(0.5)
+    gaussmask.attach(model, drop).set_input_size((64, 24))
+    model(**x_images(2, size=(64, 24)))
+    assert drop.keep_mask.shape == (2, 8, 3)
+
+
+# Refusals
+
+
+def on_meta(name):
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4}
+WINDOWS, DENSE, BIAS, NONE = "attends within windows", "dense map", "position bias", "holds no vision transformer"
+
+
+def llava():
+    language = tf.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    config = tf.LlavaConfig(vision_config=tf.CLIPVisionConfig(**VISION), text_config=language)
+    return tf.LlavaForConditionalGeneration(config)
+
+
+def two_towers():
+    return nn.ModuleList([make_timm(), make_open_tower()])
+
+
+# fmt: off
+REFUSED = [
+    (partial(on_meta, "swin_tiny_patch4_window7_224"), "SwinTransformer", WINDOWS),
+    (partial(on_meta, "samvit_base_patch16"), "VisionTransformerSAM", WINDOWS),
+    (partial(on_meta, "beit_base_patch16_224"), "Beit", BIAS),
+    (partial(on_meta, "vit_relpos_small_patch16_224"), "VisionTransformerRelPos", BIAS),
+    (partial(on_meta, "cait_xxs24_224"), "Cait", "token layout"),
+    (partial(on_meta, "hiera_tiny_224"), "Hiera", "hierarchical"),
+    (partial(on_meta, "convit_tiny"), "ConVit", "position attention"),
+    (partial(on_meta, "resnet18"), "ResNet", NONE),
+    (partial(make_hf, "SwinModel", "SwinConfig", SWIN), "SwinModel", WINDOWS),
+    (partial(make_hf, "BeitModel", "BeitConfig", VISION), "BeitModel", BIAS),
+    (partial(make_hf, "ViTMAEModel", "ViTMAEConfig", VISION), "ViTMAEModel", "config.mask_ratio"),
+    (partial(make_hf, "ViTMAEForPreTraining", "ViTMAEConfig", VISION), "ViTMAEForPreTraining", "config.mask_ratio"),
+    (partial(make_hf, "Dinov2Backbone", "Dinov2Config", VISION), "Dinov2Backbone", DENSE),
+    (partial(make_hf, "DINOv3ViTBackbone", "DINOv3ViTConfig", VISION), "DINOv3ViTBackbone", DENSE),
+    (partial(make_hf, "ViTForMaskedImageModeling", "ViTConfig", VISION), "ViTForMaskedImageModeling", "its loss"),
+    (partial(make_hf, "BertModel", "BertConfig", TEXT), "BertModel", NONE),
+    (llava, "LlavaForConditionalGeneration", "one place for every patch"),
+    (two_towers, "ModuleList", "more than one vision tower"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("build", "class_name", "reason"), REFUSED, ids=[name for _, name, _ in REFUSED])
+def test_models_that_cannot_be_masked(build, class_name, reason):
+    model = build()
+    before = structure(model)
+    drop = RandomPatchDropout(0.5)
+    with pytest.raises(UnsupportedModelError, match=f"^{class_name}.*{reason}"):
+        gaussmask.attach(model, drop)
+    assert structure(model) == before
+    gaussmask.attach(make_timm(), drop)  # the drop is still free
+
+
+@pytest.mark.parametrize("how", ["handle", "in place", "submodule"])
+def test_compiled_models_come_too_late(how):
+    model = make_timm()
+    if how == "handle":
+        model = torch.compile(model)
+    elif how == "in place":
+        model.compile()
+    else:
+        model.blocks[1] = torch.compile(model.blocks[1])
+    with pytest.raises(ValueError, match=r"is compiled.*attach first, compile second"):
+        gaussmask.attach(model, RandomPatchDropout(0.5))
+
+
+def test_bad_arguments():
+    model = make_timm()
+    with pytest.raises(TypeError, match=r"drop must be a .*PatchDropout, got Dropout"):
+        gaussmask.attach(model, nn.Dropout())
+    with pytest.raises(ValueError, match=r"stage must be one of .*'tokens'.*, got 'neck'"):
+        gaussmask.attach(model, RandomPatchDropout(0.5), stage="neck")
+    gaussmask.attach(model, RandomPatchDropout(0.5, num_prefix_tokens=1, grid_size=(6, 6)))(**x_images(2))
+    gaussmask.attach(model, RandomPatchDropout(0.5, grid_size=(4, 9)))
+    with pytest.raises(ValueError, match=re.escape("grid_size=(4, 9), but VisionTransformer has (6, 6)")):
+        model(**x_images(2))
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "transformers-CLIPModel", "transformers-DINOv3ViTModel"])
+def test_a_failed_attach_leaves_what_was_there(name):
+    host, drop = ALL[name], RandomPatchDropout(0.5)
+    model = gaussmask.attach(host.build(), drop)
+    before = structure(model)
+    bad = RandomPatchDropout(0.5, num_prefix_tokens=3)
+    with pytest.raises(ValueError, match=r"num_prefix_tokens=3, but \w+ has"):
+        gaussmask.attach(model, bad)
+    if name == "transformers-DINOv3ViTModel":
+        with pytest.raises(UnsupportedModelError, match="lacks the rotary positions"):
+            gaussmask.attach(model.embeddings, RandomPatchDropout(0.5))
+    assert structure(model) == before
+    model(**host.inputs(2))
+    assert keeps(drop, host, 2, 0.5)
+    bad.num_prefix_tokens = None
+    gaussmask.attach(host.build(), bad)

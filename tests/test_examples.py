@@ -1,0 +1,233 @@
+"""The examples: their data, their training loop, the command and the notebook, at small sizes and without a network."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import clip_data
+import clip_training
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from captioned_scenes import CLASSNAMES, make_scenes
+from nbclient import NotebookClient
+from PIL import Image
+
+import gaussmask
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = clip_training.Config(
+    width=64, depth=1, text_depth=1, batch_size=32, epochs=1, tuning_epochs=0.5, precision="fp32", device="cpu"
+)
+SCENES = clip_data.load_scenes(128, seed=0)
+TEST_SCENES = clip_data.load_scenes(40, seed=1)
+
+
+class TestScenes:
+    def test_the_same_seed_draws_the_same_scenes_and_another_seed_others(self):
+        first, again, other = make_scenes(8, seed=3), make_scenes(8, seed=3), make_scenes(8, seed=4)
+        assert torch.equal(first.images, again.images)
+        assert first.captions == again.captions
+        assert not torch.equal(first.images, other.images)
+
+    def test_captions_name_the_label(self):
+        scenes = make_scenes(50)
+        assert all(CLASSNAMES[label] in caption for label, caption in zip(scenes.labels, scenes.captions, strict=True))
+
+    @pytest.mark.parametrize(("centering", "low", "high"), [(1.0, 0.0, 0.05), (0.5, 0.1, 0.3), (0.0, 0.25, 0.6)])
+    def test_centering_says_how_far_the_object_lies_from_the_centre(self, centering, low, high):
+        images = make_scenes(300, centering=centering, num_distractors=0, object_size=0.3, seed=5).images.float()
+        background = images[:, :, :2].mean((2, 3), keepdim=True)
+        weight = ((images - background).norm(dim=1) > 90).float()  # the object's pixels
+        axis = torch.linspace(-1, 1, images.shape[-1])
+        mass = weight.sum((1, 2)).clamp(min=1)
+        y, x = (weight.sum(2) @ axis) / mass, (weight.sum(1) @ axis) / mass
+        offset = torch.hypot(y, x)[mass > 20].median()
+        assert low <= offset <= high
+
+    @pytest.mark.parametrize("bad", [{"centering": 1.5}, {"object_size": 0.0}])
+    def test_arguments_out_of_range_are_named(self, bad):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            make_scenes(1, **bad)
+
+
+def _jpeg(color: int, size: tuple[int, int] = (20, 24)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (color, 0, 0)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def _write_shard(path: Path, samples: list[dict[str, bytes]]) -> None:
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for number, sample in enumerate(samples):
+            for extension, content in sample.items():
+                member = tarfile.TarInfo(f"{number:05d}.{extension}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+class TestData:
+    @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+    def test_shards_are_read_with_labels_and_the_class_names_beside_them(self, tmp_path, suffix):
+        for shard in range(2):
+            samples = [{"jpg": _jpeg(100 * n), "txt": b"a cat. ", "cls": str(n).encode()} for n in range(2)]
+            _write_shard(tmp_path / f"train-{shard}.{suffix}", samples)
+        (tmp_path / "meta.json").write_text(json.dumps({"classes": ["cat", "dog"]}))
+        data = clip_data.load(f"{tmp_path}/train-{{0..1}}.{suffix}", image_size=16, train=True)
+        assert data.images.shape == (4, 3, 16, 16)
+        assert data.captions == ["a cat."] * 4
+        assert data.labels.tolist() == [0, 1, 0, 1]
+        assert data.classnames == ["cat", "dog"]
+        assert len(clip_data.load(f"{tmp_path}/train-0.{suffix}", image_size=16, train=True, limit=1)) == 1
+
+    def test_shards_without_labels_are_image_text_pairs(self, tmp_path):
+        _write_shard(tmp_path / "pairs.tar", [{"png": _jpeg(1), "txt": b"one"}, {"jpg": _jpeg(2)}])
+        data = clip_data.load(str(tmp_path / "pairs.tar"), image_size=8, train=True)
+        assert data.captions == ["one"]  # the sample without a caption is left out
+        assert data.labels is None
+        with pytest.raises(ValueError, match="labels"):
+            clip_training.zero_shot_top1(clip_training.build_model(TINY), data, TINY)
+
+    def test_shards_without_a_single_pair_say_so(self, tmp_path):
+        _write_shard(tmp_path / "empty.tar", [{"txt": b"no image"}])
+        with pytest.raises(ValueError, match="no image with a caption"):
+            clip_data.load(str(tmp_path / "empty.tar"), image_size=8, train=True)
+
+    def test_a_folder_of_classes_gets_captions_from_its_names(self, tmp_path):
+        for name in ("grey_cat", "dog"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "0.jpg").write_bytes(_jpeg(50))
+        data = clip_data.load(str(tmp_path), image_size=16, train=True)
+        assert data.captions == ["a photo of a dog.", "a photo of a grey cat."]
+        assert data.labels.tolist() == [0, 1]
+
+    def test_torchvision_sets_are_loaded_by_name(self, tmp_path, monkeypatch):
+        class Toy:
+            classes = ("cat", "dog")
+
+            def __init__(self, root, train, download):
+                assert download
+                self.train = train
+
+            def __len__(self):
+                return 2 if self.train else 1
+
+            def __getitem__(self, index):
+                return Image.new("L", (9, 9)), index
+
+        monkeypatch.setattr(clip_data.torchvision.datasets, "Toy", Toy, raising=False)
+        assert clip_data.load("torchvision:Toy", image_size=8, train=True).images.shape == (2, 3, 8, 8)
+        assert len(clip_data.load("torchvision:Toy", image_size=8, train=False)) == 1
+
+
+class TestTraining:
+    def test_compare_gives_every_column_for_every_run(self):
+        results, curves = clip_training.compare(SCENES, TEST_SCENES, TINY, seeds=(0, 1))
+        assert results[["method", "seed"]].to_numpy().tolist() == [
+            [method, seed] for seed in (0, 1) for method in clip_training.METHODS
+        ]
+        masked = results["method"] != "clip"
+        assert results.loc[~masked, "masked inference"].isna().all()
+        assert results.loc[masked, "masked inference"].notna().all()
+        assert results[["unmasked", "after tuning", "images/s", "speed-up"]].notna().all(axis=None)
+        assert (results.loc[~masked, "speed-up"] == 1).all()
+        # 4 steps with masks and 2 of tuning, equally many images for every method.
+        assert (
+            curves.groupby(["method", "seed"])["samples"]
+            .agg(list)
+            .map(lambda s: s == [32, 64, 96, 128, 160, 192])
+            .all()
+        )
+        table = clip_training.summarize(results)
+        assert table.loc["clip", "masked inference"] == "–"
+        assert "±" in table.loc["glip", "unmasked"]
+        assert "±" not in clip_training.summarize(results[results["seed"] == 0]).loc["glip", "unmasked"]
+        assert clip_training.plot_curves(curves).axes
+
+    def test_methods_start_from_the_same_weights_and_a_seed_repeats_its_run(self):
+        first = clip_training.run("glip", SCENES, TEST_SCENES, TINY, seed=5)
+        again = clip_training.run("glip", SCENES, TEST_SCENES, TINY, seed=5)
+        assert first[1]["loss"].tolist() == again[1]["loss"].tolist()
+        unmasked = clip_training.Config(**{**vars(TINY), "mask_ratio": 0.0})
+        clip = clip_training.run("clip", SCENES, TEST_SCENES, TINY, seed=5)[1]["loss"]
+        flip = clip_training.run("flip", SCENES, TEST_SCENES, unmasked, seed=5)[1]["loss"]
+        assert clip.tolist() == flip.tolist()
+
+    def test_training_lowers_the_loss(self):
+        config = clip_training.Config(**{**vars(TINY), "epochs": 6, "tuning_epochs": 0})
+        losses = clip_training.run("glip", SCENES, TEST_SCENES, config, seed=0)[1]["loss"]
+        assert losses.tail(3).mean() < losses.head(3).mean() - 0.1
+
+    def test_masked_evaluation_masks_and_the_unmasked_one_does_not(self):
+        torch.manual_seed(0)
+        model = clip_training.build_model(TINY)
+        drop = gaussmask.RandomPatchDropout(0.5)
+        gaussmask.attach(model.visual, drop)
+        clip_training.zero_shot_top1(model, TEST_SCENES, TINY, masked=True)
+        assert drop.keep_mask.sum() == 32 * len(TEST_SCENES)
+        clip_training.zero_shot_top1(model, TEST_SCENES, TINY)
+        assert drop.keep_mask is None
+
+    def test_zero_shot_counts_what_a_perfect_model_gets_right(self):
+        classes = torch.eye(len(CLASSNAMES))
+
+        class Oracle(torch.nn.Module):
+            def encode_text(self, tokens, normalize):
+                known = clip_training.tokenizer(TINY.context_length)
+                texts = [template.format(name) for name in CLASSNAMES for template in TEST_SCENES.templates]
+                index = {tuple(row): i // len(TEST_SCENES.templates) for i, row in enumerate(known(texts).tolist())}
+                return torch.stack([classes[index[tuple(row)]] for row in tokens.tolist()])
+
+            def encode_image(self, images, normalize):
+                labels = TEST_SCENES.labels.clone()
+                labels[:10] = (labels[:10] + 1) % len(CLASSNAMES)  # 10 of 40 wrong
+                return classes[labels]
+
+        assert clip_training.zero_shot_top1(Oracle(), TEST_SCENES, TINY) == 75
+
+    def test_too_few_images_for_a_batch_say_so(self):
+        with pytest.raises(ValueError, match="batch of 32"):
+            clip_training.run("clip", SCENES.head(20), TEST_SCENES, TINY, seed=0)
+
+
+def test_the_command_leaves_its_results(tmp_path):
+    for split in ("train", "test"):
+        for label, color in enumerate(("red", "blue")):
+            (tmp_path / split / color).mkdir(parents=True)
+            for number in range(8):
+                pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+                pixels[..., 2 * label] = 255
+                Image.fromarray(pixels).save(tmp_path / split / color / f"{number}.png")
+    arguments = ["--train", tmp_path / "train", "--test", tmp_path / "test", "--output", tmp_path / "out"]
+    setting = {"image-size": 16, "width": 64, "depth": 1, "text-depth": 1, "batch-size": 8, "epochs": 1}
+    for name, value in setting.items():
+        arguments += [f"--config.{name}", value]
+    command = [sys.executable, EXAMPLES / "compare_methods.py", *arguments, "--config.device", "cpu"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "glip" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "curves.csv", "curves.png", "results.csv", "results.md",
+    ]  # fmt: skip
+    assert set(pd.read_csv(tmp_path / "out" / "results.csv")["method"]) == set(clip_training.METHODS)
+
+
+def test_the_notebook_runs_at_a_small_size_and_is_committed_with_its_outputs(tmp_path, monkeypatch):
+    notebook = nbformat.read(EXAMPLES / "flip_vs_glip.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run `make notebook`"
+    shown = [output for cell in cells for output in cell.outputs]
+    assert not any(output.output_type == "error" for output in shown)
+    assert sum("image/png" in output.get("data", {}) for output in shown) >= 5
+    monkeypatch.setenv("GAUSSMASK_QUICK", "1")
+    monkeypatch.setenv("GAUSSMASK_OUTPUT", str(tmp_path))
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": EXAMPLES}})
+    client.execute()
+    results = pd.read_csv(tmp_path / "results.csv")
+    assert results["method"].tolist() == list(clip_training.METHODS)
+    assert {path.name for path in tmp_path.glob("*.png")} >= {"masks_flip.png", "masks_glip.png", "curves.png"}
