@@ -33,6 +33,7 @@ from tqdm import tqdm
 import gaussmask
 
 METHODS = ("clip", "flip", "glip")
+CURVE_IMAGES = 1000  # of the test set are evaluated after every pass
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,7 @@ def run(
     if drop is not None:
         gaussmask.attach(model.visual, drop)
     name = f"{method}, seed {seed}"
-    curve_data = test_data.head(2000)
+    curve_data = test_data.head(CURVE_IMAGES)
     records = train(
         model, train_data, config, epochs=config.epochs, lr=config.lr, seed=seed, label=name, curve_data=curve_data
     )

@@ -349,6 +349,18 @@ def test_dense_feature_maps_raise_instead_of_being_scrambled(make):
     torch.testing.assert_close(maps, expected, rtol=0, atol=0)
 
 
+def test_a_forward_intermediates_of_ones_own_stays_in_use_and_comes_back():
+    model = ALL["timm-vit"].build()
+    model.forward_intermediates = own = partial(type(model).forward_intermediates, model, output_fmt="NLC")
+    gaussmask.attach(model, RandomPatchDropout(0.75))
+    x = x_images(2)["x"]
+    with pytest.raises(UnsupportedModelError, match="dense map"):
+        model.forward_intermediates(x)
+    model.eval()
+    assert model.forward_intermediates(x, intermediates_only=True)[0].ndim == 3
+    assert gaussmask.detach(model).forward_intermediates is own
+
+
 def test_dense_feature_maps_behind_a_wrapper():
     x, dense = x_images(2)["x"], pytest.raises(UnsupportedModelError, match="dense map")
     trunk = gaussmask.attach(make_timm(features_only=True, out_indices=(0, 1)), RandomPatchDropout(0.75))
@@ -412,7 +424,7 @@ REFUSED = [
     (partial(make_hf, "DINOv3ViTBackbone", "DINOv3ViTConfig", VISION), "DINOv3ViTBackbone", DENSE),
     (partial(make_hf, "ViTForMaskedImageModeling", "ViTConfig", VISION), "ViTForMaskedImageModeling", "its loss"),
     (partial(make_hf, "BertModel", "BertConfig", TEXT), "BertModel", NONE),
-    (llava, "LlavaForConditionalGeneration", "one place for every patch"),
+    (llava, "LlavaForConditionalGeneration", "a place for every patch"),
     (two_towers, "ModuleList", "more than one vision tower"),
 ]
 # fmt: on

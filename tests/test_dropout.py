@@ -333,3 +333,9 @@ def test_padding_is_kept_only_for_want_of_real_patches(make):
     assert keep_indices.shape == (1000, 6)
     assert (drop.keep_mask.sum(1) == 6).all()
     assert torch.equal((drop.keep_mask & valid).sum(1), num_real.clamp(max=6))
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+def test_coords_of_another_count_than_the_patches_are_refused(rows):
+    with pytest.raises(ValueError, match=r"coords must have shape \(2, 16, 2\)"):
+        RandomPatchDropout(0.5).drop_tokens(torch.zeros(2, 16, 1), 0, None, coords=torch.zeros(2, rows, 2))

@@ -81,7 +81,7 @@ def test_images_of_another_shape_raise(images):
 
 @pytest.mark.parametrize("mask", [(4, 4), (1, 4, 4), (3, 4, 4), (2, 16), (2, 1, 4, 4)])
 def test_mask_of_another_shape_raises(mask):
-    with pytest.raises(ValueError, match=r"keep_mask must have shape \(2, rows, columns\)"):
+    with pytest.raises(ValueError, match=r"keep_mask must be bool of shape \(2, rows, columns\)"):
         plot.masked_images(torch.zeros(2, 3, 8, 8), torch.ones(mask, dtype=torch.bool))
 
 

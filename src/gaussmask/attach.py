@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from .dropout import PatchDropout
-from .hosts import HOSTS, Host, Seam, UnsupportedModelError
+from .hosts import HOSTS, HookSeam, Host, Seam, UnsupportedModelError
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -23,11 +23,8 @@ REFUSED_OWNERS = [
         r"^transformers\..*(MaskedImageModeling|ForPreTraining)",
         "its loss compares every patch of the image, also the dropped ones: attach to the encoder inside it",
     ),
-    (
-        r"^transformers\..*(Llava|ForConditionalGeneration|PaliGemma|Idefics|Mllama|Ovis|Janus|Fuyu)",
-        "its language model reserves one place for every patch: attach to its vision tower and train that alone",
-    ),
 ]
+IMAGE_TOKENS = "its language model reserves a place for every patch: attach to its vision tower and train that alone"
 
 # Why well-known families without a row in HOSTS have none.
 REFUSED_FAMILIES = [
@@ -56,6 +53,16 @@ class Place(NamedTuple):
     host: Host
     module: nn.Module
     owners: tuple[nn.Module, ...]  # outermost first
+
+    @property
+    def parent(self) -> nn.Module | None:
+        return self.owners[-1] if self.owners else None
+
+    @property
+    def name(self) -> str:
+        """The class that a user knows: of the model, where the host is its embedding module."""
+        tower = self.parent if issubclass(self.host.seam, HookSeam) and self.parent is not None else self.module
+        return type(tower).__name__
 
 
 def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> ModelT:
@@ -88,17 +95,17 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
                 f"{type(module).__name__} is compiled, and the compiler does not see what is attached later: "
                 "attach first, compile second"
             )
-    host, module, owners = find_host(model)
+    place = find_host(model)
     carrier = drop._seam() if drop._seam is not None else None
     if carrier is not None and not any(carrier is seam for _, _, seam in _seams(model)):
         raise ValueError(
             f"this {type(drop).__name__} is attached to another model: detach it there, or make one drop per model"
         )
-    parent = owners[-1] if owners else None
-    seam = host.seam(drop, host.num_prefix_tokens(module), type(module).__name__)
-    seam.check(parent)
+    host, module, _ = place
+    seam = host.seam(drop, host.num_prefix_tokens(module), place.name)
+    seam.check(place.parent)
     detach(model)
-    seam.install(module, parent, host.slot, host.grid_source)
+    seam.install(module, place.parent, host.slot, host.grid_source)
     seam.train(module.training)
     return model
 
@@ -148,19 +155,27 @@ def _places(module: nn.Module, owners: tuple[nn.Module, ...] = ()) -> Iterator[P
 def find_host(model: nn.Module) -> Place:
     """The one vision tower of `model` that can be masked; raises UnsupportedModelError where there is none."""
     places = list({id(place.module): place for place in _places(model)}.values())
-    name = type(model).__name__
     if len(places) > 1:
-        towers = " and ".join(type((*place.owners, place.module)[-1]).__name__ for place in places)
-        raise UnsupportedModelError(f"{name} has more than one vision tower ({towers}): attach to each by itself")
+        towers = " and ".join(place.name for place in places)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has more than one vision tower ({towers}): attach to each by itself"
+        )
     if not places:
         for module in model.modules():
             if why := _reason(module, REFUSED_FAMILIES):
-                raise UnsupportedModelError(f"{name} cannot be masked: {type(module).__name__}: {why}")
+                raise UnsupportedModelError(f"{type(module).__name__} cannot be masked: {why}")
+        known: dict[str, list[str]] = {}
+        for key in HOSTS:
+            library, _, name = key.partition(".")
+            known.setdefault(library, []).append(name.removesuffix("Embeddings").removesuffix("Vision"))
         raise UnsupportedModelError(
-            f"{name} holds no vision transformer that gaussmask knows; it knows {', '.join(HOSTS)}. "
-            "In a model of your own, call the drop on the tokens: x = drop(x)"
+            f"{type(model).__name__} holds no vision transformer that gaussmask knows; it knows "
+            + "; ".join(f"{library}: {', '.join(names)}" for library, names in known.items())
+            + ". In a model of your own, call the drop on the tokens: x = drop(x)"
         )
     for owner in places[0].owners:
-        if why := _reason(owner, REFUSED_OWNERS):
+        config = getattr(owner, "config", None)
+        image_tokens = any(getattr(config, name, None) is not None for name in ("image_token_id", "image_token_index"))
+        if why := IMAGE_TOKENS if image_tokens else _reason(owner, REFUSED_OWNERS):
             raise UnsupportedModelError(f"{type(owner).__name__} cannot be masked: {why}")
     return places[0]

@@ -162,6 +162,8 @@ class PatchDropout(nn.Module):
             coords = patch_coordinates(grid_size, device=x.device).expand(x.shape[0], -1, -1)
             self._mask_shape = tuple(grid_size)
         else:
+            if coords.shape != (x.shape[0], num_patches, 2):
+                raise ValueError(f"coords must have shape ({x.shape[0]}, {num_patches}, 2), got {tuple(coords.shape)}")
             self._mask_shape = (num_patches,)
         self.keep_indices = keep_indices = self._draw(coords, valid)
         return take_drawn_tokens(x, keep_indices, num_prefix_tokens), keep_indices

@@ -34,7 +34,7 @@ class Seam(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.host_name = host_name
         self.replaced: nn.Module | None = None
-        self.replaced_nothing = False
+        self.slot_was: str = ""  # a "submodule" (None among them), an "attribute" or "absent"
         self.grid_size: tuple[int, ...] | None = None
         self.handles: list[RemovableHandle] = []
 
@@ -49,7 +49,7 @@ class Seam(nn.Module):
     def install(self, host: nn.Module, parent: Any, slot: str, grid_source: str) -> None:
         """Take the place of `host.<slot>`, and watch the module that shows the grid."""
         self.drop._seam = weakref.ref(self)
-        self.replaced_nothing = not hasattr(host, slot)
+        self.slot_was = "submodule" if slot in host._modules else "attribute" if hasattr(host, slot) else "absent"
         self.replaced = getattr(host, slot, None)
         setattr(host, slot, self)
         self.handles.append(self.watch(host.get_submodule(grid_source)))
@@ -60,14 +60,13 @@ class Seam(nn.Module):
         """Leave `host` as `install` found it."""
         for handle in self.handles:
             handle.remove()
-        if self.replaced is not None:
-            setattr(host, slot, self.replaced)
-        else:
+        if self.slot_was != "submodule":
             delattr(host, slot)
-            if not self.replaced_nothing:
-                setattr(host, slot, None)
-        if isinstance(host.__dict__.get("forward_intermediates"), FeatureMapGuard):
-            del host.forward_intermediates
+        if self.slot_was != "absent":
+            setattr(host, slot, self.replaced)
+        guard = host.__dict__.get("forward_intermediates")
+        if isinstance(guard, FeatureMapGuard):
+            guard.remove()
         self.drop._seam = None
 
     def watch(self, grid_source: nn.Module) -> RemovableHandle:
@@ -135,6 +134,7 @@ class NaFlexSeam(Seam):
             )
         if not module.training:
             self.drop.keep_indices = None  # the seam, which would say so, is skipped
+            return
         self.grid_size = output[1]
         self.patches = {} if self.grid_size else _naflex_patches(**kwargs)
 
@@ -195,13 +195,23 @@ class FeatureMapGuard:
     def __init__(self, host: Any, drop: PatchDropout) -> None:
         self.host = host
         self.drop = drop
+        self.own = host.__dict__.get("forward_intermediates")  # somebody's on the instance, before the class's
+
+    def remove(self) -> None:
+        del self.host.forward_intermediates
+        if self.own is not None:
+            self.host.forward_intermediates = self.own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.drop.active and kwargs.get("output_fmt") != "NLC":
+        if self.drop.active and not any(
+            isinstance(value, str) and value == "NLC" for value in (*args, *kwargs.values())
+        ):
             raise UnsupportedModelError(
                 f"{type(self.host).__name__}.forward_intermediates lays its tokens out as a dense map, which dropped "
                 'patches leave with holes: pass output_fmt="NLC", or call it in eval mode'
             )
+        if self.own is not None:
+            return self.own(*args, **kwargs)
         return type(self.host).forward_intermediates(self.host, *args, **kwargs)
 
 

@@ -89,10 +89,10 @@ def masked_images(
     pixels = images.detach().cpu()
     pixels = pixels / 255 if pixels.dtype == torch.uint8 else pixels.float().clamp(0, 1)
     if keep_mask is not None:
-        if keep_mask.ndim != 3 or len(keep_mask) != len(images):
+        if keep_mask.ndim != 3 or len(keep_mask) != len(images) or keep_mask.dtype != torch.bool:
             raise ValueError(
-                f"keep_mask must have shape ({len(images)}, rows, columns) for images of shape {tuple(images.shape)}, "
-                f"got {tuple(keep_mask.shape)}"
+                f"keep_mask must be bool of shape ({len(images)}, rows, columns) for images of shape "
+                f"{tuple(images.shape)}, got {keep_mask.dtype} of shape {tuple(keep_mask.shape)}"
             )
         visible = torch.where(keep_mask.cpu(), 1.0, visibility).unsqueeze(1)
         visible = torch.nn.functional.interpolate(visible, size=pixels.shape[2:], mode="nearest-exact")
