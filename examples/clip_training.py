@@ -12,6 +12,7 @@ images, with whole images, and after tuning.
 import functools
 import itertools
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -193,7 +194,8 @@ def train(
     contrastive_loss = open_clip.loss.ClipLoss()
     tokenize = tokenizer(config.context_length)
     records = []
-    with tqdm(total=num_steps * config.batch_size, desc=label, unit=" images", unit_scale=True) as progress:
+    bar = tqdm(total=num_steps * config.batch_size, desc=label, unit=" images", unit_scale=True, file=sys.stdout)
+    with bar:
         for step, (images, captions) in enumerate(_batches(loader, num_steps), start=1):
             model.train()
             pixels, tokens = to_floats(images, config.device), tokenize(captions).to(config.device)
@@ -209,8 +211,8 @@ def train(
             if curve_data is not None and (step % len(loader) == 0 or step == num_steps):
                 record["top1"] = zero_shot_top1(model, curve_data, config)
             records.append(record)
-            progress.update(config.batch_size)
-            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(config.batch_size)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return records
 
 

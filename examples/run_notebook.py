@@ -21,11 +21,13 @@ NOTEBOOK = Path(__file__).parent / "flip_vs_glip.ipynb"
 
 
 class LoudClient(NotebookClient):
-    """Repeats on the terminal what the cells print, progress bars included."""
+    """Repeats on the terminal what the cells print and return, progress bars and tables included."""
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         if msg["msg_type"] == "stream":
             print(msg["content"]["text"], end="", flush=True)
+        elif msg["msg_type"] == "execute_result":
+            print(f"\n{msg['content']['data']['text/plain']}\n", flush=True)
         return super().process_message(msg, cell, cell_index)
 
 
