@@ -26,6 +26,7 @@ import timm
 import torch
 from clip_data import CaptionedImages
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -397,4 +398,6 @@ def plot_curves(curves: pd.DataFrame, smoothing: int = 10) -> Figure:
     loss_axes.set(xlabel="images seen", ylabel="contrastive loss", title="training (FLIP and GLIP masked until tuning)")
     accuracy_axes.set(xlabel="images seen", ylabel="top-1 (%)", title="zero-shot, whole images")
     accuracy_axes.legend()
+    for axes in (loss_axes, accuracy_axes):
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
