@@ -34,6 +34,8 @@ from tqdm import tqdm
 
 import gaussmask
 
+pd.options.display.width = 120  # so that a terminal shows the result table unbroken
+
 METHODS = ("clip", "flip", "glip")
 CURVE_IMAGES = 1000  # of the test set are evaluated after every pass
 
