@@ -339,3 +339,9 @@ def test_padding_is_kept_only_for_want_of_real_patches(make):
 def test_coords_of_another_count_than_the_patches_are_refused(rows):
     with pytest.raises(ValueError, match=r"coords must have shape \(2, 16, 2\)"):
         RandomPatchDropout(0.5).drop_tokens(torch.zeros(2, 16, 1), 0, None, coords=torch.zeros(2, rows, 2))
+
+
+@pytest.mark.parametrize("x", ["tokens", None, [[1.0]]])
+def test_tokens_that_are_no_tensor_are_named(x):
+    with pytest.raises(TypeError, match=f"x must be a tensor of tokens, got {type(x).__name__}"):
+        RandomPatchDropout(0.5)(x)

@@ -84,6 +84,7 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
         UnsupportedModelError: for a model that cannot be masked, with the reason.
         ValueError: for a compiled model, a drop that another model carries, a drop whose own `num_prefix_tokens`
             contradicts the model's, or an unknown `stage`.
+        TypeError: for a `drop` that is no `PatchDropout`.
     """
     if not isinstance(drop, PatchDropout):
         raise TypeError(f"drop must be a gaussmask.PatchDropout, got {type(drop).__name__}")

@@ -73,7 +73,9 @@ def check_grid_size(grid_size: object) -> tuple[int, ...]:
     return tuple(check_count("grid_size", size, least=1) for size in grid_size)
 
 
-def check_tokens(x: Tensor, num_prefix_tokens: int) -> None:
+def check_tokens(x: object, num_prefix_tokens: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor of tokens, got {type(x).__name__}")
     if x.ndim != 3:
         raise ValueError(f"x must have shape (batch, tokens, width), got {tuple(x.shape)}")
     if x.shape[1] <= num_prefix_tokens:
