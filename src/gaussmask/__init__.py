@@ -4,19 +4,22 @@ from importlib.metadata import version
 
 from . import functional, plot
 from .attach import attach, attached, detach
+from .describe import Description, describe
 from .dropout import GaussianPatchDropout, PatchDropout, RandomPatchDropout
 from .functional import keep_probability
-from .hosts import UnsupportedModelError
+from .seams import UnsupportedModelError
 
 __version__ = version("gaussmask")
 
 __all__ = [
+    "Description",
     "GaussianPatchDropout",
     "PatchDropout",
     "RandomPatchDropout",
     "UnsupportedModelError",
     "attach",
     "attached",
+    "describe",
     "detach",
     "functional",
     "keep_probability",

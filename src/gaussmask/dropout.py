@@ -13,6 +13,7 @@ from .functional import (
     num_kept_patches,
     patch_coordinates,
     take_drawn_tokens,
+    top_packed_patches,
     top_patches,
     uniform_scores,
 )
@@ -122,7 +123,10 @@ class PatchDropout(nn.Module):
 
     @property
     def keep_mask(self) -> Tensor | None:
-        """`keep_indices` as (B, H, W) bool, True where kept; (B, N) for images with grids of their own; or None."""
+        """`keep_indices` as (B, H, W) bool, True where kept, or None.
+
+        (B, T, H, W) for videos, and (B, N) for images with grids of their own.
+        """
         if self.keep_indices is None:
             return None
         mask = self.keep_indices.new_zeros(len(self.keep_indices), math.prod(self._mask_shape), dtype=torch.bool)
@@ -138,38 +142,62 @@ class PatchDropout(nn.Module):
         grid_size: Sequence[int] | None,
         coords: Tensor | None = None,
         valid: Tensor | None = None,
+        *,
+        num_suffix_tokens: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """What `forward` does, told the facts that a host knows about its tokens.
 
         Args:
-            x: (B, P + N, D).
+            x: (B, P + N + S, D).
             num_prefix_tokens: P.
-            grid_size: (H, W) of all images, or None for a square one.
-            coords: (B, N, 2) instead, where images have grids of their own.
-            valid: (B, N) bool, False for padding, which is kept only where an image has fewer than K real patches.
+            grid_size, coords, valid: of the N patches, as in `draw`; all None for a square grid.
+            num_suffix_tokens: S, tokens behind the patches, which are always kept.
 
         Returns:
-            The tokens (B, P + K, D) and the kept indices (B, K), or `x` itself and None when nothing is dropped.
+            The tokens (B, P + K + S, D) and the kept indices (B, K), or `x` itself and None when nothing is dropped.
         """
         if not self.active:
             self.keep_indices = None
             return x, None
-        check_tokens(x, num_prefix_tokens)
-        num_patches = x.shape[1] - num_prefix_tokens
-        if coords is None:
-            grid_size = square_grid_size(num_patches) if grid_size is None else grid_size
-            check_grid_holds(grid_size, num_patches)
-            coords = patch_coordinates(grid_size, device=x.device).expand(x.shape[0], -1, -1)
-            self._mask_shape = tuple(grid_size)
-        else:
-            if coords.shape != (x.shape[0], num_patches, 2):
-                raise ValueError(f"coords must have shape ({x.shape[0]}, {num_patches}, 2), got {tuple(coords.shape)}")
-            self._mask_shape = (num_patches,)
-        self.keep_indices = keep_indices = self._draw(coords, valid)
-        return take_drawn_tokens(x, keep_indices, num_prefix_tokens), keep_indices
+        check_tokens(x, num_prefix_tokens + num_suffix_tokens)
+        num_patches = x.shape[1] - num_prefix_tokens - num_suffix_tokens
+        if grid_size is None and coords is None:
+            grid_size = square_grid_size(num_patches)
+        keep_indices = self.draw(x.shape[0], num_patches, grid_size, coords, valid, device=x.device)
+        return take_drawn_tokens(x, keep_indices, num_prefix_tokens, num_suffix_tokens), keep_indices
 
     @torch.no_grad()
-    def _draw(self, coords: Tensor, valid: Tensor | None) -> Tensor:
+    def draw(
+        self,
+        batch_size: int,
+        num_patches: int,
+        grid_size: Sequence[int] | None,
+        coords: Tensor | None = None,
+        valid: Tensor | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Draw the patches of a batch and keep them in `keep_indices`, whatever the mode.
+
+        Args:
+            grid_size: (H, W) of all images, (T, H, W) of videos, whose frames share the coordinates of a frame, or
+                None for images with grids of their own.
+            coords: (B, N, 2), for images with grids of their own.
+            valid: (B, N) bool, False for padding, which is kept only where an image has fewer than K real patches.
+            lengths: for a batch of 1 that packs images one behind the other: the number of patches of each. Each keeps
+                its own share, and `keep_indices` is (1, sum of all K), image by image.
+
+        Returns:
+            (B, K) int64.
+        """
+        if coords is None:
+            grid_size = grid_size or ()
+            check_grid_holds(grid_size, num_patches)
+            frame = patch_coordinates(grid_size[-2:], device=device)
+            coords = frame.repeat(num_patches // len(frame), 1).expand(batch_size, -1, -1)
+        elif coords.shape != (batch_size, num_patches, 2):
+            raise ValueError(f"coords must have shape ({batch_size}, {num_patches}, 2), got {tuple(coords.shape)}")
         scores = self.scores(coords)
         if scores.shape != coords.shape[:2]:
             raise ValueError(
@@ -178,7 +206,14 @@ class PatchDropout(nn.Module):
             )
         if valid is not None:
             scores = scores.masked_fill(~valid, -math.inf)
-        return top_patches(scores, num_kept_patches(coords.shape[1], self.mask_ratio), ordered=self.ordered)
+        if lengths is None:
+            num_kept = num_kept_patches(num_patches, self.mask_ratio)
+            self.keep_indices = top_patches(scores, num_kept, ordered=self.ordered)
+        else:
+            kept = [num_kept_patches(length, self.mask_ratio) for length in lengths]
+            self.keep_indices = top_packed_patches(scores[0], lengths, kept, ordered=self.ordered).unsqueeze(0)
+        self._mask_shape = (num_patches,) if grid_size is None else tuple(grid_size)
+        return self.keep_indices
 
 
 class RandomPatchDropout(PatchDropout):

@@ -20,6 +20,7 @@ from .scores import (
     gaussian_scores,
     num_kept_patches,
     patch_coordinates,
+    top_packed_patches,
     top_patches,
     uniform_scores,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "patch_coordinates",
     "sample_keep_indices",
     "take_tokens",
+    "top_packed_patches",
     "top_patches",
     "uniform_scores",
 ]
@@ -88,27 +90,38 @@ def sample_keep_indices(
     return top_patches(scores, num_kept_patches(math.prod(grid_size), mask_ratio), ordered=ordered)
 
 
-def _token_rows(x: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Rows (B, P + K) of the flattened tokens (B * L, D) that hold each image's prefix and kept patches."""
-    batch_size, length, _ = x.shape
+def token_indices(keep_indices: Tensor, num_patches: int, num_prefix_tokens: int, num_suffix_tokens: int = 0) -> Tensor:
+    """`keep_indices` counted over all tokens, with those of the prefix and the suffix, which are always kept.
+
+    Args:
+        keep_indices: (B, K), counted over the patches.
+        num_patches, num_prefix_tokens, num_suffix_tokens: N, P and S.
+
+    Returns:
+        (B, P + K + S), counted over the P + N + S tokens.
+    """
+    if num_prefix_tokens == num_suffix_tokens == 0:
+        return keep_indices
+    num_tokens = num_prefix_tokens + num_patches + num_suffix_tokens
+    always = torch.arange(num_tokens, device=keep_indices.device).expand(len(keep_indices), -1)
+    suffix = always[:, num_tokens - num_suffix_tokens :]
+    return torch.cat([always[:, :num_prefix_tokens], keep_indices + num_prefix_tokens, suffix], dim=1)
+
+
+def _select_tokens(x: Tensor, indices: Tensor) -> Tensor:
+    """The tokens (B, M, D) at `indices` (B, M) of `x` (B, L, D)."""
+    # One index_select over the rows of all images, prefix and kept together: several times faster than gather, cat or
+    # advanced indexing, which expand the index over the width or walk the tokens twice.
+    batch_size, length, width = x.shape
     first_row = torch.arange(0, batch_size * length, length, device=x.device).unsqueeze(1)
-    rows = keep_indices + (first_row + num_prefix_tokens)
-    if num_prefix_tokens == 0:
-        return rows
-    prefix = torch.arange(num_prefix_tokens, device=x.device)
-    return torch.cat([first_row + prefix, rows], dim=1)
+    rows = (indices + first_row).flatten()
+    return rearrange(x, "b l d -> (b l) d").index_select(0, rows).view(*indices.shape, width)
 
 
-def _select_rows(x: Tensor, rows: Tensor) -> Tensor:
-    # One index_select for prefix and kept tokens together: several times faster than gather, cat or advanced indexing,
-    # which expand the index over the width or walk the tokens twice.
-    taken = rearrange(x, "b l d -> (b l) d").index_select(0, rows.flatten())
-    return taken.view(*rows.shape, x.shape[2])
-
-
-def take_drawn_tokens(x: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
-    """`take_tokens` for indices that this library drew, which need no check."""
-    return _select_rows(x, _token_rows(x, keep_indices, num_prefix_tokens))
+def take_drawn_tokens(x: Tensor, keep_indices: Tensor, num_prefix_tokens: int, num_suffix_tokens: int = 0) -> Tensor:
+    """`take_tokens` for indices that this library drew, which need no check, and with S tokens behind the patches."""
+    num_patches = x.shape[1] - num_prefix_tokens - num_suffix_tokens
+    return _select_tokens(x, token_indices(keep_indices, num_patches, num_prefix_tokens, num_suffix_tokens))
 
 
 def take_tokens(x: Tensor, keep_indices: Tensor, num_prefix_tokens: int = 0) -> Tensor:
@@ -135,15 +148,14 @@ def take_tokens(x: Tensor, keep_indices: Tensor, num_prefix_tokens: int = 0) -> 
             f"keep_indices must be int64 of shape ({batch_size}, kept), one row per image of x, "
             f"got {keep_indices.dtype} of shape {tuple(keep_indices.shape)}"
         )
-    rows = _token_rows(x, keep_indices, num_prefix_tokens)
-    # In the flattened tokens an index out of range would be a row of the next image. Sent behind the last row, it is
+    # In the flattened tokens an index out of range would be a row of another image. Sent behind the last row, it is
     # refused by index_select itself, on every device and without a synchronisation.
     outside = (keep_indices < 0) | (keep_indices >= num_patches)
-    rows[:, num_prefix_tokens:].masked_fill_(outside, batch_size * length)
+    indices = token_indices(keep_indices.masked_fill(outside, batch_size * length), num_patches, num_prefix_tokens)
     if torch.compiler.is_compiling():
-        return _select_rows(x, rows)
+        return _select_tokens(x, indices)
     try:
-        return _select_rows(x, rows)
+        return _select_tokens(x, indices)
     except IndexError:
         raise ValueError(
             f"keep_indices must lie in [0, {num_patches}), counted over the patches without the "

@@ -130,3 +130,26 @@ def top_patches(scores: Tensor, num_kept: int, *, ordered: bool = False) -> Tens
     """
     indices = scores.topk(num_kept, dim=-1, sorted=False).indices
     return indices.sort(dim=-1).values if ordered else indices
+
+
+def top_packed_patches(
+    scores: Tensor, lengths: Sequence[int], num_kept: Sequence[int], *, ordered: bool = False
+) -> Tensor:
+    """`top_patches` of images that are packed one behind the other.
+
+    Args:
+        scores: (N,), N the sum of `lengths`.
+        lengths: number of patches of each image.
+        num_kept: how many of them are kept.
+        ordered: ascending indices.
+
+    Returns:
+        (sum of num_kept,) int64, counted over all N patches, image by image.
+    """
+    image = torch.repeat_interleave(torch.tensor(lengths, device=scores.device), output_size=len(scores))
+    by_score = scores.argsort(descending=True)
+    by_image_and_score = by_score[image[by_score].argsort(stable=True)]
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    places = [place for start, kept in zip(starts, num_kept, strict=True) for place in range(start, start + kept)]
+    indices = by_image_and_score[torch.tensor(places, device=scores.device)]
+    return indices.sort().values if ordered else indices

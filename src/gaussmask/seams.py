@@ -1,0 +1,402 @@
+"""How a host takes a drop: the mechanisms behind the table of `hosts`.
+
+A seam is a parameter-free module that sits in the host. It carries the drop, tells it what the host knows in this very
+forward (prefix tokens, the true grid, which patches are padding) and hands the kept tokens back in the form that the
+host expects. Whatever else the host holds one row per token of, beside the tokens, loses the same rows: `besides`.
+
+Hooks are bound methods of the seam, or objects that hold it, and all of them lie in the host. So deep copies and
+pickles of a host have a seam, a drop and hooks of their own.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .dropout import PatchDropout
+from .functional import token_indices
+
+
+class UnsupportedModelError(TypeError):
+    """A model that cannot be masked; the message names its class, the reason and, where there is one, the way out."""
+
+
+class Argument(NamedTuple):
+    """An argument of a module's forward, wherever a call puts it."""
+
+    name: str
+    position: int
+
+    @staticmethod
+    def known(module: nn.Module, name: str) -> bool:
+        return name in inspect.signature(module.forward).parameters
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> "Argument":
+        if not cls.known(module, name):
+            raise UnsupportedModelError(
+                f"{type(module).__name__}.forward takes no argument {name!r}, which gaussmask needs: this version of "
+                "its library is not supported yet"
+            )
+        return cls(name, list(inspect.signature(module.forward).parameters).index(name))
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return kwargs.get(self.name) if len(args) <= self.position else args[self.position]
+
+    def write(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(args) <= self.position:
+            return args, {**kwargs, self.name: value}
+        return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
+
+
+class Draw:
+    """What one forward of a host keeps."""
+
+    def __init__(self, num_prefix_tokens: int, num_suffix_tokens: int) -> None:
+        self.num_prefix_tokens = num_prefix_tokens
+        self.num_suffix_tokens = num_suffix_tokens
+        self.num_patches = 0
+        self.keep_indices: Tensor | None = None
+
+    def rows(self, length: int) -> Tensor | None:
+        """The rows (B, M) that stay of a table of `length`, one row per patch or per token; None for all of them."""
+        if self.keep_indices is None or length == self.num_patches:
+            return self.keep_indices
+        num_tokens = self.num_patches + self.num_prefix_tokens + self.num_suffix_tokens
+        if length != num_tokens:
+            raise UnsupportedModelError(
+                f"a table of {length} rows lies beside {num_tokens} tokens, {self.num_patches} of them patches, so the "
+                "rows of the kept ones are unknown: detach, and please report the model"
+            )
+        return token_indices(self.keep_indices, self.num_patches, self.num_prefix_tokens, self.num_suffix_tokens)
+
+
+@dataclass(frozen=True)
+class Host:
+    """How one family of models takes a drop: a row of `hosts.HOSTS`.
+
+    Args:
+        seam: the mechanism.
+        grid_source: path, below the host, of the module whose forward shows the true grid.
+        prefix, suffix: the number of tokens in front of and behind the patches, or how to read it off the host.
+        tokens: path, below the host, of the module whose hook drops tokens.
+        slot: attribute of the host that the seam sits in.
+        besides: by class name, the modules that hold something with one row per token beside the tokens.
+        refuse: the reason why a host of this family cannot be masked as it is configured, or None.
+        size: reads the size of the input off a config, for `describe`: (H, W), with frames in front for videos.
+        note: what a user has to know about the family.
+    """
+
+    seam: "type[Seam]"
+    grid_source: str
+    prefix: int | Callable[[Any], int] = 0
+    suffix: int | Callable[[Any], int] = 0
+    tokens: str = ""
+    slot: str = "patch_drop"
+    besides: "Mapping[str, type[Beside]]" = field(default_factory=dict)
+    refuse: Callable[[Any], str | None] = lambda host: None
+    size: Callable[[Any], Any] = lambda config: config.image_size
+    note: str = ""
+
+    @staticmethod
+    def count(tokens: int | Callable[[Any], int], module: nn.Module) -> int:
+        return tokens if isinstance(tokens, int) else tokens(module)
+
+
+class Place(NamedTuple):
+    """Where in a model a host was found."""
+
+    host: Host
+    key: str  # of the row
+    module: nn.Module
+    owners: tuple[nn.Module, ...]  # outermost first
+    path: str  # of the module in the outermost owner
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the host is the embedding module of a tower, and not the tower itself."""
+        return self.key.endswith("Embeddings") and bool(self.owners)
+
+    @property
+    def tower(self) -> nn.Module:
+        """The module whose forward is one pass through the host."""
+        return self.owners[-1] if self.is_embedding else self.module
+
+    @property
+    def name(self) -> str:
+        """The class that a user knows."""
+        return type(self.tower).__name__
+
+    def at(self, path: str) -> str:
+        """The path of something below the host, seen from the outermost owner."""
+        return ".".join(part for part in (self.path, path) if part) or type(self.module).__name__
+
+    def configured_size(self) -> tuple[int, ...]:
+        """(H, W) of the images that the host is configured for, with the frames in front for videos."""
+        for module in (self.module, *reversed(self.owners)):
+            for source in (module, getattr(module, "config", None)):
+                try:
+                    size = self.host.size(source)
+                except AttributeError:
+                    continue
+                return (size, size) if isinstance(size, int) else tuple(size)
+        raise UnsupportedModelError(f"{self.name} does not tell the size of its images")
+
+    def within(self, class_name: str) -> list[nn.Module]:
+        """The modules of a class, in the whole model."""
+        root = self.owners[0] if self.owners else self.module
+        return [module for module in root.modules() if class_name in (cls.__name__ for cls in type(module).__mro__)]
+
+
+class Beside:
+    """A hook at something that has one row per patch or per token, and loses the rows of the dropped patches."""
+
+    what = ""  # in words, for `describe`
+    needed = ""  # what a host lacks without it
+
+    def __init__(self, seam: "Seam", module: nn.Module) -> None:
+        self.seam = seam
+        self.module = module
+
+    def install(self) -> list[RemovableHandle]:
+        raise NotImplementedError
+
+
+class Seam(nn.Module):
+    """A seam that is a module of the host, called with the tokens; returns the tokens: open_clip."""
+
+    def __init__(self, drop: PatchDropout, place: Place) -> None:
+        super().__init__()
+        host = place.host
+        self.drop = drop
+        self.host_name = place.name
+        self.num_prefix_tokens = host.count(host.prefix, place.module)
+        self.num_suffix_tokens = host.count(host.suffix, place.module)
+        self.slot = host.slot
+        self.replaced: nn.Module | None = None  # a submodule that gave way, which goes on following the host's mode
+        self.aside: list[tuple[Any, str, str, Any]] = []
+        self.handles: list[RemovableHandle] = []
+        self.grid_size: tuple[int, ...] | None = None
+        self.draw = self.new_draw()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.drop._seam = weakref.ref(self)  # the copied drop sits in the copied host
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "grid_size": None, "draw": self.new_draw()}
+
+    def new_draw(self) -> Draw:
+        return Draw(self.num_prefix_tokens, self.num_suffix_tokens)
+
+    # Before the installation
+
+    def how(self, place: Place) -> str:
+        """The seam in words, for `describe`."""
+        return f"stands in for {place.at(self.slot)}"
+
+    def configured_grid(self, place: Place) -> tuple[int, ...] | None:
+        """The grid of an image of the size that the host is configured for; None where every image has its own."""
+        conv: Any = place.module.get_submodule(place.host.grid_source)
+        size = place.configured_size()
+        padding = (0,) * len(size) if isinstance(conv.padding, str) else conv.padding
+        sides = zip(size, padding, conv.kernel_size, conv.stride, strict=True)
+        return tuple((side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in sides)
+
+    def check(self, place: Place) -> None:
+        """Raise where the drop or the surroundings of the host do not fit, before anything is changed."""
+        self.agreed("num_prefix_tokens", self.num_prefix_tokens)
+        for class_name, beside in place.host.besides.items():
+            if beside.needed and not place.within(class_name):
+                raise UnsupportedModelError(
+                    f"{self.host_name} by itself lacks {beside.needed}: attach to the model that holds both"
+                )
+
+    # Installation
+
+    def install(self, place: Place) -> None:
+        """Sit down in the host and watch the module that shows the grid."""
+        module, host = place.module, place.host
+        self.drop._seam = weakref.ref(self)
+        self.put(module, self.slot, self)
+        self.handles.append(self.watch(module.get_submodule(host.grid_source)))
+        for class_name, beside in host.besides.items():
+            for part in place.within(class_name):
+                self.handles += beside(self, part).install()
+        if hasattr(module, "forward_intermediates"):
+            self.put(module, "forward_intermediates", FeatureMapGuard(module, self.drop))
+
+    def put(self, owner: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute of the host's modules, and remember what was there."""
+        if name in owner._modules:
+            self.replaced = owner._modules[name]
+            self.aside.append((owner, name, "submodule", None))
+        else:
+            kind = "attribute" if name in vars(owner) else "absent"
+            self.aside.append((owner, name, kind, vars(owner).get(name)))
+        setattr(owner, name, value)
+
+    def remove(self) -> None:
+        """Leave the host as `install` found it."""
+        for handle in self.handles:
+            handle.remove()
+        for owner, name, kind, was in reversed(self.aside):
+            if kind == "submodule":
+                setattr(owner, name, self.replaced)
+                continue
+            delattr(owner, name)
+            if kind == "attribute":
+                setattr(owner, name, was)
+        self.drop._seam = None
+
+    # What the host tells
+
+    def watch(self, grid_source: nn.Module) -> RemovableHandle:
+        return grid_source.register_forward_hook(self.watch_grid)
+
+    def watch_grid(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Forward hook of a convolution: its output is the grid, of an image (H, W) or of a video (T, H, W)."""
+        self.grid_size = tuple(output.shape[2:])
+
+    def agreed(self, name: str, host_value: Any) -> Any:
+        """The host's value of a drop's argument, which a value of the drop's own must not contradict."""
+        own = getattr(self.drop, name)
+        if own is not None and own != host_value:
+            raise ValueError(
+                f"the drop says {name}={own}, but {self.host_name} has {host_value}: leave {name} None and the host's "
+                "own value is used"
+            )
+        return host_value
+
+    # The drop
+
+    def current_draw(self) -> Draw:
+        """The draw of the forward that is running, for what the host makes after it."""
+        if self.draw.keep_indices is None and self.drop.active:
+            raise UnsupportedModelError(
+                f"{self.host_name} asked for positions before its patches were dropped, an order that gaussmask does "
+                "not know: this version of its library is not supported yet"
+            )
+        return self.draw
+
+    def drop_tokens(
+        self, x: Tensor, num_prefix_tokens: int | None = None, **facts: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Drop tokens as told by `facts` (see `PatchDropout.draw`), or by the grid that was watched."""
+        grid_size, self.grid_size = self.grid_size, None  # true for one forward only
+        if not facts and self.drop.active:
+            if grid_size is None:
+                raise UnsupportedModelError(
+                    f"{self.host_name} reached its patch dropout without its patch embedding, so the grid is unknown: "
+                    "call the model's forward, or detach first"
+                )
+            facts = {"grid_size": self.agreed("grid_size", grid_size)}
+        prefix = self.agreed("num_prefix_tokens", self.num_prefix_tokens)
+        prefix = prefix if num_prefix_tokens is None else num_prefix_tokens
+        self.draw.num_patches = x.shape[1] - prefix - self.num_suffix_tokens
+        x, self.draw.keep_indices = self.drop.drop_tokens(
+            x, prefix, facts.pop("grid_size", None), **facts, num_suffix_tokens=self.num_suffix_tokens
+        )
+        return x, self.draw.keep_indices
+
+    def forward(self, x: Tensor) -> Any:
+        return self.drop_tokens(x)[0]
+
+
+class TimmSeam(Seam):
+    """timm's `patch_drop` where it returns the tokens."""
+
+    def configured_grid(self, place: Place) -> tuple[int, ...] | None:
+        return tuple(cast("Any", place.module).patch_embed.grid_size)
+
+    def watch_grid(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        # The grid_size of the config is not the true one for dynamic sizes; those come out as (B, H, W, D).
+        patch_embed: Any = module
+        self.grid_size = tuple(
+            output.shape[1:3] if output.ndim == 4 else patch_embed.dynamic_feat_size(args[0].shape[-2:])
+        )
+
+
+class TimmTupleSeam(TimmSeam):
+    """timm's `patch_drop` where it returns (tokens, keep_indices or None), by which timm gathers the rotary table."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.drop_tokens(x)
+
+
+class NaFlexSeam(Seam):
+    """timm NaFlexVit: as `TimmTupleSeam`, but skipped in eval, never None, and with padded batches of many grids."""
+
+    def configured_grid(self, place: Place) -> tuple[int, ...] | None:
+        grid_size = cast("Any", place.module).embeds.pos_embed_grid_size
+        return None if grid_size is None else tuple(grid_size)
+
+    def watch(self, grid_source: nn.Module) -> RemovableHandle:
+        self.patches: dict[str, Any] = {}
+        return grid_source.register_forward_hook(self.watch_embeds, with_kwargs=True)
+
+    def watch_embeds(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.drop.active and not module.training:
+            raise UnsupportedModelError(
+                f"{self.host_name} skips its patch dropout in eval mode, so nothing would be masked: for masked "
+                "inference put the model into training mode, with its other dropouts at 0"
+            )
+        if not module.training:
+            self.drop.keep_indices = None  # the seam, which would say so, is skipped
+            return
+        self.grid_size = output[1]
+        self.patches = {} if self.grid_size else own_grids(kwargs["patch_coord"], kwargs.get("patch_valid"))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        patches, self.patches = self.patches, {}
+        x, keep_indices = self.drop_tokens(x, **patches)
+        if keep_indices is None:
+            num_patches = x.shape[1] - self.num_prefix_tokens
+            keep_indices = torch.arange(num_patches, device=x.device).expand(x.shape[0], -1)
+        return x, keep_indices
+
+
+def own_grids(positions: Tensor, valid: Tensor | None) -> dict[str, Any]:
+    """What `PatchDropout.draw` wants to know of images with grids of their own.
+
+    Args:
+        positions: (B, N, 2), the integer (y, x) of every patch on its image's grid, whose first patch is at (0, 0).
+        valid: (B, N), False for padding; None if there is none.
+
+    Returns:
+        `coords` (B, N, 2) float32 in [-1, 1]^2, and `valid` (B, N) bool.
+    """
+    if valid is None:
+        valid = torch.ones(positions.shape[:2], dtype=torch.bool, device=positions.device)
+    valid = valid.bool()
+    last = positions.masked_fill(~valid.unsqueeze(-1), 0).amax(dim=1, keepdim=True)
+    coords = 2 * positions / last.clamp(min=1) - (last > 0).to(torch.float32)
+    return {"coords": coords.to(torch.float32), "valid": valid}
+
+
+class FeatureMapGuard:
+    """Stands before `forward_intermediates`, whose (B, D, H, W) maps would be scrambled by a shorter sequence."""
+
+    def __init__(self, host: Any, drop: PatchDropout) -> None:
+        self.host = host
+        self.drop = drop
+        self.own = vars(host).get("forward_intermediates")  # somebody's on the instance, before the class's
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.drop.active and not any(
+            isinstance(value, str) and value == "NLC" for value in (*args, *kwargs.values())
+        ):
+            raise UnsupportedModelError(
+                f"{type(self.host).__name__}.forward_intermediates lays its tokens out as a dense map, which dropped "
+                'patches leave with holes: pass output_fmt="NLC", or call it in eval mode'
+            )
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.host).forward_intermediates(self.host, *args, **kwargs)
