@@ -4,7 +4,6 @@ import copy
 import gc
 import inspect
 import io
-import math
 import pickle
 import re
 from functools import partial
@@ -12,11 +11,13 @@ from functools import partial
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 import transformers as tf
 from hosts import (
     ALL,
+    COMPILED,
     PADDED_GRIDS,
+    REPRESENTATIVE,
+    SAVED,
     TEXT,
     VISION,
     make_class,
@@ -24,31 +25,13 @@ from hosts import (
     make_naflex,
     make_open_tower,
     make_timm,
+    result,
     x_images,
 )
 from torch import nn
 
 import gaussmask
 from gaussmask import GaussianPatchDropout, PatchDropout, RandomPatchDropout, UnsupportedModelError
-
-# One host for every mechanism, and for every way in which it can be buried.
-COMPILED = [
-    "timm-vit", "timm-eva-pe", "timm-cait", "timm-beit", "timm-beit-both-rectangle", "timm-relpos-shared-class",
-    "timm-relpos", "timm-gemma4", "transformers-CLIPModel", "transformers-DINOv3ViTModel", "transformers-BeitModel",
-    "transformers-Data2VecVisionModel-shared", "transformers-MLCDVisionModel",
-    "transformers-VJEPA2ForVideoClassification", "transformers-YolosModel", "transformers-RadioModel",
-    "transformers-VivitModel",
-]  # fmt: skip
-SAVED = [
-    "transformers-CLIPModel", "transformers-DINOv3ViTModel", "transformers-TimmWrapperModel",
-    "transformers-BeitModel", "transformers-MLCDVisionModel", "transformers-VJEPA2ForVideoClassification",
-    "transformers-YolosModel", "transformers-Siglip2VisionModel-padded",
-]  # fmt: skip
-REPRESENTATIVE = [
-    *COMPILED, "timm-naflex-mixed", "timm-naflex-padded", "timm-gemma4-padded", "transformers-TimmWrapperModel",
-    "transformers-Siglip2VisionModel-padded", "transformers-Idefics2Vision-padded", "transformers-PixtralVisionModel",
-    "open_clip-tower-patch-dropout", "open_clip-CustomTextCLIP-timm",
-]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -59,20 +42,6 @@ def seed():
 @pytest.fixture(params=REPRESENTATIVE)
 def host(request):
     return ALL[request.param]
-
-
-def num_patches(host):
-    return math.prod(host.grid) if host.grid else host.num_patches
-
-
-def result(host, model, inputs, seed=None):
-    """What the host makes of its tokens: pooled ones, or else the first thing that it returns."""
-    if seed is not None:
-        torch.manual_seed(seed)
-    output = model(**inputs)
-    if host.pooled:
-        return host.pooled(output)
-    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def structure(model, *, identity=True):
@@ -90,7 +59,7 @@ def structure(model, *, identity=True):
 
 
 def keeps(drop, host, batch_size, share):
-    patches = num_patches(host)
+    patches = host.count
     return drop.keep_indices.shape == (batch_size, int(patches * share)) and drop.keep_indices.max() < patches
 
 
@@ -269,6 +238,10 @@ def test_gradient_checkpointing_changes_nothing(name):
     else:  # transformers 5.0
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert len(expected) > 10
+    if "VJEPA2" in name and tf.__version__ < "5.6":
+        with pytest.raises(UnsupportedModelError, match="positions of a later forward"):
+            step()
+        return
     for value, reference in zip(step(), expected, strict=True):
         assert torch.allclose(value, reference, atol=1e-6)
 
@@ -292,31 +265,6 @@ def test_gradients_reach_the_pixels_of_kept_patches_only(name):
     result(host, gaussmask.attach(host.build(), drop), inputs).square().sum().backward()
     touched = pixels.grad.unflatten(2, (6, 8)).unflatten(4, (6, 8)).abs().amax(dim=(1, 3, 5)) > 0
     assert torch.equal(touched, drop.keep_mask)
-
-
-@pytest.fixture
-def process_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")  # DINOv3's pooled output
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2 before attach"])
-@pytest.mark.parametrize("name", ["timm-vit", "timm-eva-pe", "transformers-DINOv3ViTModel", "open_clip-tower"])
-def test_distributed(name, wrapper):
-    host, drop = ALL[name], RandomPatchDropout(0.5)
-    model = host.build()
-    if wrapper == "fsdp2 before attach":
-        gaussmask.attach(dist.fsdp.fully_shard(model), drop)
-    else:
-        gaussmask.attach(model, drop)
-        model = nn.parallel.DistributedDataParallel(model) if wrapper == "ddp" else dist.fsdp.fully_shard(model)
-    assert gaussmask.attached(model) is drop
-    result(host, model, host.inputs(2)).sum().backward()
-    assert keeps(drop, host, 2, 0.5)
-    assert gaussmask.attached(gaussmask.detach(model)) is None
 
 
 # What hosts bring along
@@ -415,9 +363,11 @@ def test_a_new_image_size_is_seen():
 # Refusals
 
 
-def on_meta(name):
-    with torch.device("meta"):
-        return timm.create_model(name)
+def on_meta(name, **settings):
+    if name not in timm.list_models():
+        pytest.skip(f"{name} is not in this version of timm")
+    with torch.device("meta" if timm.__version__ >= "1.0.23" else "cpu"):  # the older need real tensors
+        return timm.create_model(name, **settings)
 
 
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4}
@@ -442,7 +392,7 @@ REFUSED = [
     (partial(on_meta, "convit_tiny"), "ConVit", "position attention"),
     (partial(on_meta, "qwen3_vit_88m"), "Qwen3VitClassifier", "on the full grid inside its encoder"),
     (partial(on_meta, "resnet18"), "ResNet", "convolutional"),
-    (partial(timm.create_model, "gemma4_vit_167m_enc", depth=1), "Gemma4VitEncoder", "global_pool='avg'"),
+    (partial(on_meta, "gemma4_vit_167m_enc", depth=1), "Gemma4VitEncoder", "global_pool='avg'"),
     (partial(make_hf, "SwinModel", "SwinConfig", SWIN), "SwinModel", WINDOWS),
     (partial(make_hf, "ViTMAEModel", "ViTMAEConfig", VISION), "ViTMAEModel", "config.mask_ratio"),
     (partial(make_hf, "ViTMAEForPreTraining", "ViTMAEConfig", VISION), "ViTMAEForPreTraining", "config.mask_ratio"),

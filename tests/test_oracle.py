@@ -5,7 +5,6 @@ absolute, factorised or rotary, and if the prefix tokens are left alone.
 
 import contextlib
 import copy
-import math
 from functools import partial
 from unittest import mock
 
@@ -41,9 +40,13 @@ def masked_keys(keep, layouts):
             kwargs["key_padding_mask"] = blind[key.shape[0]]
         return mha(query, key, value, *args, **kwargs)
 
-    def masked_softmax(scores, dim, **kwargs):  # attention written out: Cait, Git
-        if scores.ndim == 4 and scores.shape[-1] in blind:
-            scores = scores + blind[scores.shape[-1]][:, None, None, :]
+    def masked_softmax(scores, dim, **kwargs):  # attention written out, with an axis for the heads or without
+        if scores.shape[-1] in blind and scores.ndim > 2:
+            bias = blind[scores.shape[-1]]
+            if scores.ndim == 4:
+                scores = scores + bias[:, None, None, :]
+            else:
+                scores = scores + bias.repeat_interleave(len(scores) // len(bias), 0)[:, None, :]
         return softmax(scores, dim, **kwargs)
 
     with (
@@ -62,7 +65,7 @@ def run(host, model, inputs, batch_size):
         tokens = output if isinstance(output, Tensor) else output[0]
         hidden.append(tokens[-1] if tokens.ndim == 4 else tokens)  # of the last layer, where all are stacked
 
-    handle = model.get_submodule(host.hidden).register_forward_hook(record)
+    handle = host.find_hidden(model).register_forward_hook(record)
     output = model(**inputs)
     handle.remove()
     (tokens,) = hidden
@@ -99,7 +102,7 @@ DROPS = {
 def test_kept_tokens_are_those_of_the_full_model(name, share):
     torch.manual_seed(1)
     host = ALL[name]
-    num_patches = math.prod(host.grid) if host.grid else host.num_patches
+    num_patches = host.count
     batch_size, mask_ratio, make_drop = DROPS[share]
     drop = make_drop(mask_ratio)
     model = host.build()
@@ -126,7 +129,7 @@ def test_kept_tokens_are_those_of_the_full_model(name, share):
         expected, expected_pooled = run(host, full, inputs, batch_size)
     unmasked, unmasked_pooled = run(host, full, inputs, batch_size)
     assert difference(hidden, expected.take_along_dim(rows, 1)) < TOLERANCE
-    assert difference(hidden, unmasked.take_along_dim(rows, 1)) > 1e-2
+    assert difference(hidden, unmasked.take_along_dim(rows, 1)) > 3e-3
     if pooled is not None:
         assert difference(pooled, expected_pooled) < TOLERANCE
         assert difference(pooled, unmasked_pooled) > 1e-3

@@ -1,5 +1,6 @@
 """What lies beside the tokens with one row for each: rotary tables, relative position biases, attention masks."""
 
+import inspect
 import math
 from fractions import Fraction
 from typing import Any, cast
@@ -95,7 +96,7 @@ class Batched:
 
 
 class KeyMask(PassedArgument):
-    """A mask over the keys of the attention, (B, L) or (B, 1, queries, L)."""
+    """A mask over the keys of the attention, (B, L) or (B, 1, queries, L); of the queries, 1, the kept ones or all."""
 
     what = "attention mask"
     needed = "the encoder whose attention mask has to follow"
@@ -107,11 +108,13 @@ class KeyMask(PassedArgument):
                 f"{self.seam.host_name} passes its attention mask as {type(value).__name__}, which gaussmask cannot "
                 "shorten: build the model with attn_implementation='sdpa'"
             )
-        rows = draw.rows(value.shape[-1])
-        if rows is not None and value.ndim == 4:
-            rows = rows[:, None, None, :].expand(-1, *value.shape[1:3], -1)
-            value = value.expand(len(rows), -1, -1, -1)
-        return value if rows is None else value.gather(-1, rows)
+        num_keys = value.shape[-1]
+        rows = draw.rows(num_keys)
+        if rows is None or value.ndim == 2:
+            return value if rows is None else value.gather(1, rows)
+        if value.shape[2] == num_keys:
+            value = value.take_along_dim(rows[:, None, :, None], dim=2)
+        return value.take_along_dim(rows[:, None, None, :], dim=3)
 
 
 class KeyMaskIfAny(KeyMask):
@@ -144,28 +147,42 @@ class TokenCount(Beside):
 
 
 class PositionMask(Beside):
-    """An encoder whose layers count their tokens 0, 1, 2, ... unless they are told the positions."""
+    """An encoder whose layers count their tokens 0, 1, 2, ... unless they are told the positions.
+
+    The draw travels to the layers as a keyword of the encoder's (see below why); transformers before 5.6 lets none through.
+    """
 
     what = "rotary positions of every layer"
     needed = "the encoder whose layers compute the positions"
+    name = "gaussmask_draw"
 
     def install(self) -> list[RemovableHandle]:
         layers: Any = self.module.layer
         self.argument = Argument.of(layers[0], "position_mask")
-        # Until transformers 5.2x a checkpointed layer calls its hooks again when it is recomputed.
-        self.hooks_are_recomputed = type(layers[0]).__call__ is not nn.Module.__call__
-        return [layer.register_forward_pre_hook(self.before, with_kwargs=True) for layer in layers]
+        self.takes_keywords = "kwargs" in inspect.signature(layers[0].forward).parameters
+        return [
+            self.module.register_forward_pre_hook(self.hand, with_kwargs=True),
+            *(layer.register_forward_pre_hook(self.before, with_kwargs=True) for layer in layers),
+        ]
 
-    def before(self, module: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        keep_indices = self.seam.current_draw().keep_indices
-        if keep_indices is None:
+    def hand(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        if not (self.seam.drop.active and self.takes_keywords):
             return None
-        if self.hooks_are_recomputed and module.gradient_checkpointing and module.training:
-            raise UnsupportedModelError(
-                f"{self.seam.host_name} with gradient checkpointing would be recomputed with the positions of a later "
-                "forward in this version of transformers: upgrade transformers, or turn checkpointing off"
-            )
-        return self.argument.write(args, kwargs, keep_indices)
+        return args, {**kwargs, self.name: self.seam.draw}
+
+    def before(self, layer: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        draw = kwargs.get(self.name)
+        if draw is None:
+            draw = self.seam.current_draw()
+            if draw.keep_indices is not None and layer.gradient_checkpointing and layer.training:
+                raise UnsupportedModelError(
+                    f"{self.seam.host_name} with gradient checkpointing would be recomputed with the positions of a "
+                    "later forward in this version of transformers: upgrade to 5.6, or turn checkpointing off"
+                )
+        if draw.keep_indices is None:
+            return None
+        kwargs = {name: value for name, value in kwargs.items() if name != self.name}
+        return self.argument.write(args, kwargs, draw.keep_indices)
 
 
 class NeedsAllPatches(Beside):

@@ -1,0 +1,81 @@
+"""Wrappers of distributed training, over gloo on the CPU, for one host of every mechanism."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from hosts import ALL, REPRESENTATIVE, result
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gaussmask
+from gaussmask import RandomPatchDropout
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def shard(model):
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim == 0:  # a logit scale, which fully_shard wants with an axis
+                setattr(module, name, nn.Parameter(parameter.detach().reshape(1)))
+    return dist.fsdp.fully_shard(model)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")  # DINOv3's pooled output
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2 before attach"])
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_wrapped_models_drop_and_give_the_drop_back(name, wrapper):
+    if wrapper != "ddp" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("this torch has no FSDP2 on the CPU")
+    torch.manual_seed(0)
+    host, drop = ALL[name], RandomPatchDropout(0.5)
+    model = host.build()
+    if wrapper == "fsdp2 before attach":
+        gaussmask.attach(shard(model), drop)
+    else:
+        gaussmask.attach(model, drop)
+        model = DistributedDataParallel(model) if wrapper == "ddp" else shard(model)
+    assert gaussmask.attached(model) is drop
+    result(host, model, host.inputs(2)).sum().backward()
+    assert drop.keep_indices.shape == (2, host.count // 2)
+    assert gaussmask.attached(gaussmask.detach(model)) is None
+
+
+def train_step_of_two(rank, store, results):
+    """One process: what it kept, and the gradients after the reduction, for every host."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    outcome = {}
+    for name in REPRESENTATIVE:
+        host, drop = ALL[name], RandomPatchDropout(0.5)
+        torch.manual_seed(0)
+        try:
+            model = host.build()
+        except pytest.skip.Exception:  # not in this version of its library
+            continue
+        model = DistributedDataParallel(gaussmask.attach(model, drop), find_unused_parameters=True)
+        torch.manual_seed(rank)
+        result(host, model, host.inputs(2)).square().sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        outcome[name] = (drop.keep_indices, torch.cat([gradient.flatten() for gradient in gradients]))
+    torch.save(outcome, f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_draw_apart_and_share_gradients(tmp_path):
+    torch.multiprocessing.spawn(train_step_of_two, (tmp_path / "store", tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert len(first) > 20
+    for name in first:
+        (kept, gradient), (other_kept, other_gradient) = first[name], second[name]
+        assert kept.shape == other_kept.shape == (2, ALL[name].count // 2), name
+        assert not torch.equal(kept.sort().values, other_kept.sort().values), name
+        assert gradient.isfinite().all(), name
+        assert gradient.abs().max() > 0, name
+        assert torch.equal(gradient, other_gradient), name
