@@ -9,7 +9,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint notebook clean
+.PHONY: demo test lint notebook hosts clean
 
 demo: $(READY)
 	$(BIN)/python examples/run_notebook.py --output build
@@ -35,6 +35,10 @@ $(READY): pyproject.toml
 	@echo "Installing gaussmask with torch, timm, transformers and open_clip into $(VENV): minutes, several GB with CUDA"
 	$(BIN)/python -m pip install $(PIP_ARGS) --editable ".[all]" --group dev || { echo "The installation failed: see pip's message above. It needs a network (or an index of your own, in PIP_ARGS) and about 8 GB of disk"; exit 1; }
 	@touch $@
+
+# Write docs/hosts.md anew: three minutes.
+hosts: $(READY)
+	$(BIN)/python docs/write_hosts.py
 
 clean:
 	rm -rf build $(VENV)

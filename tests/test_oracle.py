@@ -1,135 +1,24 @@
-"""The position oracle: a model that drops patches must compute for the kept tokens what the full model computes for
-them when nothing attends to the dropped ones. It holds only if every kept token still carries its own position, be it
-absolute, factorised or rotary, and if the prefix tokens are left alone.
-"""
-
-import contextlib
-import copy
-from functools import partial
-from unittest import mock
+"""Every host before the position oracle (oracle.py)."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hosts import ALL
-from torch import Tensor
-
-import gaussmask
-
-TOLERANCE = 2e-5
-
-
-@contextlib.contextmanager
-def masked_keys(keep, layouts):
-    """Every attention over all patches, with (front, back) tokens around them, is blind to those not in `keep`."""
-    padded = [F.pad(keep, layout, value=True) for layout in layouts]
-    blind = {tokens.shape[1]: torch.zeros(tokens.shape).masked_fill(~tokens, -torch.inf) for tokens in padded}
-    sdpa, mha, softmax = F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.Tensor.softmax
-
-    def masked_sdpa(query, key, value, attn_mask=None, *args, **kwargs):
-        if key.shape[-2] in blind:
-            if attn_mask is not None and attn_mask.dtype == torch.bool:
-                attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -torch.inf)
-            bias = blind[key.shape[-2]][:, None, None, :]
-            attn_mask = bias if attn_mask is None else attn_mask + bias
-        return sdpa(query, key, value, attn_mask, *args, **kwargs)
-
-    def masked_mha(query, key, value, *args, **kwargs):
-        if key.shape[0] in blind:
-            assert kwargs.get("key_padding_mask") is None
-            kwargs["key_padding_mask"] = blind[key.shape[0]]
-        return mha(query, key, value, *args, **kwargs)
-
-    def masked_softmax(scores, dim, **kwargs):  # attention written out, with an axis for the heads or without
-        if scores.shape[-1] in blind and scores.ndim > 2:
-            bias = blind[scores.shape[-1]]
-            if scores.ndim == 4:
-                scores = scores + bias[:, None, None, :]
-            else:
-                scores = scores + bias.repeat_interleave(len(scores) // len(bias), 0)[:, None, :]
-        return softmax(scores, dim, **kwargs)
-
-    with (
-        mock.patch.object(torch.Tensor, "softmax", masked_softmax),
-        mock.patch.object(F, "scaled_dot_product_attention", masked_sdpa),
-        mock.patch.object(F, "multi_head_attention_forward", masked_mha),
-    ):
-        yield
-
-
-def run(host, model, inputs, batch_size):
-    """The hidden states behind the last block, and the pooled ones where they are made of comparable tokens."""
-    hidden = []
-
-    def record(module, args, output):
-        tokens = output if isinstance(output, Tensor) else output[0]
-        hidden.append(tokens[-1] if tokens.ndim == 4 else tokens)  # of the last layer, where all are stacked
-
-    handle = host.find_hidden(model).register_forward_hook(record)
-    output = model(**inputs)
-    handle.remove()
-    (tokens,) = hidden
-    if host.packed:
-        tokens = tokens.view(batch_size, -1, tokens.shape[-1])
-    return tokens, host.pooled(output) if host.pooled else None
-
-
-def randomise(model):
-    """Position tables, biases and layer scales start at 0 or close to it, where an error would not show."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-            if name.endswith("proj_w.bias"):  # Cait's attention gives weight to masked keys too
-                parameter.zero_()
-
-
-def difference(result, expected):
-    assert result.shape == expected.shape
-    return ((result - expected).abs().max() / expected.abs().max()).item()
-
-
-# Batch size, ratio, drop; among them a square number kept (9 of 36), and fewer dropped than there are prefix tokens.
-DROPS = {
-    "half": (3, 0.5, gaussmask.RandomPatchDropout),
-    "three-quarters": (2, 0.75, partial(gaussmask.GaussianPatchDropout, sigma=1.0)),
-    "most": (1, 0.918, partial(gaussmask.GaussianPatchDropout, sampling="weighted")),
-    "two patches": (2, 0.05, gaussmask.RandomPatchDropout),
-}
+from oracle import DROPS, TOLERANCE, ask
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("share", DROPS)
 def test_kept_tokens_are_those_of_the_full_model(name, share):
-    torch.manual_seed(1)
-    host = ALL[name]
-    num_patches = host.count
-    batch_size, mask_ratio, make_drop = DROPS[share]
-    drop = make_drop(mask_ratio)
-    model = host.build()
-    randomise(model)
-    full = copy.deepcopy(model).eval()  # all dropouts are 0, but for patch dropout of the host's own
-    inputs = host.inputs(batch_size)
-
-    gaussmask.attach(model, drop)
-    hidden, pooled = run(host, model, inputs, batch_size)
-    keep_indices = drop.keep_indices
-    assert keep_indices is not None
-    assert keep_indices.shape == (batch_size, int(num_patches * (1 - mask_ratio)))
-    assert drop.keep_mask is not None
-    assert drop.keep_mask.shape[1:] == (host.grid or (num_patches,))
+    host, (batch_size, mask_ratio, _) = ALL[name], DROPS[share]
+    answer = ask(host, share)
+    keep_indices = answer.drop.keep_indices
+    assert keep_indices.shape == (batch_size, int(host.count * (1 - mask_ratio)))
+    assert answer.drop.keep_mask.shape[1:] == (host.grid or (host.count,))
     if share == "half":
         assert (keep_indices.diff() < 0).any(), "an order would hide a table that is cut and not gathered"
         assert not torch.equal(*keep_indices[:2].sort().values), "each image has a draw of its own"
-
-    keep = torch.zeros(batch_size, num_patches, dtype=torch.bool).scatter_(1, keep_indices, True)
-    always = torch.arange(host.prefix + num_patches + host.suffix).expand(batch_size, -1)
-    parts = [always[:, : host.prefix], host.prefix + keep_indices, always[:, host.prefix + num_patches :]]
-    rows = torch.cat(parts, dim=1).unsqueeze(-1)
-    with masked_keys(keep.view(1, -1) if host.packed else keep, [(0, 0), (host.prefix, host.suffix), *host.layouts]):
-        expected, expected_pooled = run(host, full, inputs, batch_size)
-    unmasked, unmasked_pooled = run(host, full, inputs, batch_size)
-    assert difference(hidden, expected.take_along_dim(rows, 1)) < TOLERANCE
-    assert difference(hidden, unmasked.take_along_dim(rows, 1)) > 3e-3
-    if pooled is not None:
-        assert difference(pooled, expected_pooled) < TOLERANCE
-        assert difference(pooled, unmasked_pooled) > 1e-3
+    assert answer.hidden < TOLERANCE
+    assert answer.control > 3e-3
+    if answer.pooled is not None:
+        assert answer.pooled < TOLERANCE
+        assert answer.pooled_control > 1e-3

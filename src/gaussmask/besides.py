@@ -140,7 +140,9 @@ class TokenCount(Beside):
         return [self.module.register_forward_pre_hook(self.before)]
 
     def before(self, module: Any, args: Args) -> None:
-        draw = self.seam.current_draw()
+        draw = self.seam.draw
+        if draw.num_patches == 0:  # no image yet
+            return
         always, kept = draw.num_prefix_tokens, draw.keep_indices
         share = 1 if kept is None else Fraction(always + kept.shape[1], always + draw.num_patches)
         module.image_patch_tokens = int(self.all_tokens * share)  # of all images of a video
@@ -149,7 +151,7 @@ class TokenCount(Beside):
 class PositionMask(Beside):
     """An encoder whose layers count their tokens 0, 1, 2, ... unless they are told the positions.
 
-    The draw travels to the layers as a keyword of the encoder's (see below why); transformers before 5.6 lets none through.
+    The draw travels to the layers as a keyword of the encoder's (why, see below); transformers before 5.6 passes none.
     """
 
     what = "rotary positions of every layer"
@@ -230,7 +232,6 @@ class Handed:
 class HandedFlag(Beside):
     """transformers: the draw travels with `interpolate_pos_encoding`, from the model to what makes the biases."""
 
-    what = "the draw on its way to the biases"
     needed = "the position biases that the model makes beside it"
     name = "interpolate_pos_encoding"
 

@@ -92,12 +92,13 @@ def describe(model: nn.Module) -> Description:
         return Description(model_name, reason=str(error))
     grid_size = seam.configured_grid(place)
     kept = {} if grid_size is None else {ratio: num_kept_patches(math.prod(grid_size), ratio) for ratio in RATIOS}
+    followers = [(name, part) for name, part in place.host.besides.items() if part.what and place.within(name)]
     return Description(
         model_name,
         family=place.key.replace(".", " "),
         path=place.path,
         seam=seam.how(place),
-        besides=tuple(f"{part.what} ({name})" for name, part in place.host.besides.items() if place.within(name)),
+        besides=tuple(f"{part.what} ({name})" for name, part in followers),
         num_prefix_tokens=seam.num_prefix_tokens,
         num_suffix_tokens=seam.num_suffix_tokens,
         grid_size=grid_size,

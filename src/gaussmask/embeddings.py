@@ -22,14 +22,25 @@ class HookSeam(Seam):
         return f"forward hook on {place.at(place.host.tokens)}"
 
     def install(self, place: Place) -> None:
-        self.handles.append(place.tower.register_forward_pre_hook(self.begin))
+        self.attention_mask = Argument.of_any(place.tower, "attention_mask")
+        self.handles.append(place.tower.register_forward_pre_hook(self.begin, with_kwargs=True))
         super().install(place)
         tokens = place.module.get_submodule(place.host.tokens)
         self.handles.append(tokens.register_forward_hook(self.after_tokens, with_kwargs=True))
 
-    def begin(self, module: nn.Module, args: Args) -> None:
+    def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Forward pre-hook of the tower: what the last forward drew is not this one's."""
         self.draw = self.new_draw()
+        if self.drop.active and self.attention_mask is not None:
+            self.take_mask(self.attention_mask.read(args, kwargs))
+
+    def take_mask(self, attention_mask: Tensor | None) -> None:
+        """An attention mask of the user's own, over all tokens."""
+        if attention_mask is not None:
+            raise UnsupportedModelError(
+                f"{self.host_name} was called with an attention_mask over all its tokens, which does not follow the "
+                "drop: leave it out, or turn the drop off (drop.eval())"
+            )
 
     def after_tokens(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         tokens, *rest = output if isinstance(output, tuple) else (output,)
@@ -89,12 +100,17 @@ class PaddedGridSeam(HookSeam):
 class FlattenedPatchesSeam(HookSeam):
     """Flattened patches (B, N, 2 + pixels), each with its row and column in front; padding is all zeros."""
 
+    given_mask: Tensor | None = None
+
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         return None
 
+    def take_mask(self, attention_mask: Tensor | None) -> None:
+        self.given_mask = attention_mask
+
     def facts(self, args: Args, kwargs: Kwargs, rest: list[Any]) -> dict[str, Any]:
         patches = args[0] if args else kwargs["flattened_patches"]
-        valid = patches.sum(dim=-1) != 0  # as the host tells it
+        valid = patches.sum(dim=-1) != 0 if self.given_mask is None else self.given_mask.bool()  # as the host tells it
         positions = patches[..., :2].long()
         far = positions.masked_fill(~valid.unsqueeze(-1), positions.shape[1])
         return own_grids((positions - far.amin(dim=1, keepdim=True)).clamp(min=0), valid)
@@ -118,7 +134,7 @@ class MaskFromOutsideSeam(HookSeam):
             if Argument.known(owner, "pixel_attention_mask") and Argument.known(owner, "spatial_shapes"):
                 self.handles.append(owner.register_forward_pre_hook(MaskGate(self, owner), with_kwargs=True))
 
-    def begin(self, module: nn.Module, args: Args) -> None:
+    def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Nothing: a forward begins at the gate."""
 
     def draw_patches(self, shapes: Tensor, valid: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ REFUSED_OWNERS = {
 }
 IMAGE_TOKENS = r"(image|img|video)\w*_token_(id|index)"
 # Language models with image tokens of a fixed number, which a Q-Former or a perceiver makes of however many patches.
-RESAMPLED = r"(Blip2|InstructBlip|InstructBlipVideo|Kosmos2|Kosmos2_5|Idefics2?)(Model|For\w+)"
+RESAMPLED = r"(Blip2|InstructBlip|InstructBlipVideo|Kosmos2|Kosmos2_5|Idefics2?)(Vision\w+|Model|For\w+)"
 
 
 def reason_against_owner(names: list[str], config: Any) -> str | None:

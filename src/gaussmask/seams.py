@@ -45,6 +45,10 @@ class Argument(NamedTuple):
             )
         return cls(name, list(inspect.signature(module.forward).parameters).index(name))
 
+    @classmethod
+    def of_any(cls, module: nn.Module, name: str) -> "Argument | None":
+        return cls.of(module, name) if cls.known(module, name) else None
+
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return kwargs.get(self.name) if len(args) <= self.position else args[self.position]
 

@@ -1,0 +1,209 @@
+"""Write docs/hosts.md, the families that gaussmask masks and those that it refuses, from the tables of the tests.
+
+    make hosts
+
+Every tiny model of tests/hosts.py is put to the position oracle, and every name of the installed timm and every vision
+model of the installed transformers is described (three minutes on 2 cores). tests/test_hosts_page.py holds the page
+against the tables.
+"""
+
+import collections
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import timm
+import torch
+import transformers
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "hosts.md"
+sys.path.insert(0, str(ROOT / "tests"))
+
+from hosts import ALL  # noqa: E402
+from oracle import DROPS, ask  # noqa: E402
+from test_every_name import build_on_meta, vision_classes  # noqa: E402
+
+import gaussmask  # noqa: E402
+from gaussmask.hosts import HOSTS  # noqa: E402
+from gaussmask.refusals import REFUSED, REFUSED_OWNERS  # noqa: E402
+
+
+class Measured(NamedTuple):
+    """What was measured about one family."""
+
+    models: str
+    error: str
+
+
+TEXT = """# Hosts: which models gaussmask masks
+
+This page is written by `make hosts` from the tables that the tests walk. Measured with {versions}.
+
+`gaussmask.describe(model)` says the same of a model that you have at hand.
+
+**The position oracle.** A model in training mode with all other dropouts at 0 keeps some patches, drawn apart for
+every image and in no order, with all position tables and biases random. The hidden states of the kept tokens must be
+those of the full model in which nothing attends to the dropped ones. They hold only if every kept token still carries
+its own position. The error is the largest relative difference over the family's tiny models in `tests/hosts.py`
+({hosts} in all) and over ratios .5, .75, .918 and .05 (fewer patches dropped than there are prefix tokens), hidden
+states and pooled outputs; `tests/test_oracle.py` demands at most 2e-5. Without masked keys the full model differs by
+at least 3e-3.
+
+## Masked
+
+{masked}
+
+*follows*: what lies beside the tokens with one row for each, and loses the rows of the dropped patches too. A mean
+over tokens is a mean over the kept ones.
+
+## What to know
+
+- **Heads.** Any model around these towers is masked as well, if it takes the class token, pools by mean or attention,
+  resamples to a fixed number of tokens, or attends across: classification, contrastive, captioning and dual-encoder
+  models. The models column names them. Detection from patches, dense prediction, masked image modelling and language
+  models that reserve a place for every patch are refused (below).
+- **Dense feature maps** (`forward_intermediates` with NCHW, `features_only`, `get_intermediate_layers(reshape=True)`)
+  raise while patches are dropped: the kept tokens do not fill a map. `output_fmt="NLC"` and eval mode work.
+- **Gradient checkpointing.** Where a layer makes its own position bias, or computes its positions, the draw travels
+  to it as an argument, so a recomputation after another forward uses the draw it belongs to. One exception raises:
+  V-JEPA 2 with transformers before 5.6, whose layers take no further arguments.
+- **Pooled outputs that read a patch.** I-JEPA's and Janus' `pooler_output` is made of the first token, which is a
+  patch: under a drop it is the first kept one. Use the tokens or their mean, as their heads do.
+- **Attention masks of your own** over all tokens (`attention_mask` of ViT, DeiT, DINOv2, BEiT, FLAVA) do not follow
+  the drop, and their length makes the attention raise.
+- **Time.** In a video the grid is (T, H, W): a Gaussian is laid over each frame alike, and the patches of all frames
+  compete for the same K places, so nothing prefers a time.
+- **Padding.** Where images of many sizes share a padded batch, the Gaussian is laid over each image's own grid, K
+  follows the padded N, and padding is kept only where an image has fewer than K patches.
+
+## Refused
+
+`attach` raises `UnsupportedModelError` with the reason. Class names are given by their beginning.
+
+{refused}
+
+Models that contain a masked tower and use its tokens in a way that fewer tokens make wrong are refused by what they
+are:
+
+{owners}
+
+and any model of transformers whose config names image tokens in a text (`image_token_id` and the like), unless a
+Q-Former or a perceiver makes their number independent of the patches (BLIP-2, InstructBLIP, KOSMOS-2 and 2.5, IDEFICS
+and IDEFICS 2).
+
+## Versions
+
+{tried}
+"""
+
+TRIED = """The test suite's oracle and attach tests on the oldest versions that the lower bounds admit, in between,
+and on the newest, Python 3.11 on a 2-core CPU (`pytest tests/test_oracle.py tests/test_attach.py
+tests/test_distributed.py`):
+
+| torch | timm | transformers | open_clip | oracle | attach, distributed |
+|---|---|---|---|---|---|
+| 2.6.0 | 1.0.20 | 5.0.0 | 3.0.0 | {oldest_oracle} | {oldest_attach} |
+| 2.15.0 | 1.0.31 | 5.12.1 | 3.3.0 | {middle_oracle} | {middle_attach} |
+| 2.15.0 | 1.0.31 | 5.23.0 | 3.3.0 | {newest_oracle} | {newest_attach} |
+
+{failures}"""
+
+
+def describe_all() -> dict[str, str]:
+    """By family, the models that attach accepts."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for name in tqdm(timm.list_models(), desc="timm"):
+        with torch.device("meta"):
+            found[gaussmask.describe(timm.create_model(name)).family].append(name)
+    models = {family: f"{len(names)} names: `{names[0]}` ..." for family, names in found.items() if family}
+    transformers.logging.set_verbosity_error()
+    classes: dict[str, list[str]] = collections.defaultdict(list)
+    for cls in tqdm(list(vision_classes()), desc="transformers"):
+        model = build_on_meta(cls)
+        if model is not None and (family := gaussmask.describe(model).family):
+            classes[family].append(cls.__name__)
+    for family, names in classes.items():
+        if family not in models:  # a wrapper of a timm model counts with it
+            models[family] = ", ".join(sorted(names))
+    return models
+
+
+def largest_errors() -> dict[str, str]:
+    """By family, the oracle's largest error over all tiny models and ratios."""
+    errors: dict[str, float] = collections.defaultdict(float)
+    for host in tqdm(ALL.values(), desc="oracle"):
+        family = gaussmask.describe(host.build()).family
+        for share in DROPS:
+            answer = ask(host, share)
+            errors[family] = max(errors[family], answer.hidden, answer.pooled or 0)
+    return {family: f"{error:.1e}" for family, error in errors.items()}
+
+
+def measure() -> dict[str, Measured]:
+    errors, models = largest_errors(), describe_all()
+    return {family: Measured(models.get(family, "as built by you"), error) for family, error in errors.items()}
+
+
+def masked_table(measured: dict[str, Measured]) -> str:
+    tiny: dict[str, Any] = {}
+    for host in ALL.values():
+        model = host.build()
+        tiny.setdefault(gaussmask.describe(model).family, model)
+    rows = ["| family | models | seam | always kept | follows | oracle error | note |", "|---|---|---|---|---|---|---|"]
+    for key, host in HOSTS.items():
+        family = key.replace(".", " ")
+        found, (models, error) = gaussmask.describe(tiny[family]), measured[family]
+        seam = re.sub(r"[\w.]*\.(\w+)", r"\1", found.seam)
+        always = (
+            f"{found.num_prefix_tokens} + {found.num_suffix_tokens}"
+            if found.num_suffix_tokens
+            else str("as the model has" if callable(host.prefix) else host.prefix)
+        )
+        rows.append(
+            f"| {family} | {models} | {seam} | {always} | {'; '.join(found.besides)} | {error} | {found.note} |"
+        )
+    return "\n".join(rows)
+
+
+def refused_table() -> str:
+    rows = ["| library | reason | classes |", "|---|---|---|"]
+    for library, reasons in REFUSED.items():
+        rows += [f"| {library} | {why} | {' '.join(beginnings.split())} |" for why, beginnings in reasons.items()]
+    return "\n".join(rows)
+
+
+def owners_table() -> str:
+    rows = ["| classes (pattern) | reason |", "|---|---|"]
+    patterns = {pattern.replace("|", "\\|"): why for pattern, why in REFUSED_OWNERS.items()}
+    return "\n".join(rows + [f"| `{pattern}` | {why} |" for pattern, why in patterns.items()])
+
+
+def render(measured: dict[str, Measured], versions: str) -> str:
+    return TEXT.format(
+        versions=versions, hosts=len(ALL), masked=masked_table(measured), refused=refused_table(),
+        owners=owners_table(), tried=TRIED,
+    )  # fmt: skip
+
+
+def parse(page: str) -> tuple[dict[str, Measured], str]:
+    """The measured part of a page."""
+    measured = {}
+    for line in page.partition("## Masked")[2].partition("## What")[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        if len(cells) > 5 and cells[0] not in ("family", "---"):
+            measured[cells[0]] = Measured(cells[1], cells[5])
+    return measured, re.search(r"Measured with (.*)\.\n", page)[1]  # type: ignore[index]
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    libraries = {"torch": torch, "timm": timm, "transformers": transformers, "open_clip": open_clip}
+    versions = ", ".join(f"{name} {library.__version__.partition('+')[0]}" for name, library in libraries.items())
+    PAGE.write_text(render(measure(), versions), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")

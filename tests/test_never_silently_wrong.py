@@ -1,0 +1,323 @@
+"""What would run on fewer tokens and be wrong: each is mended (which the oracle proves too) or raises the way out."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from hosts import (
+    ALL,
+    PADDED_GRIDS,
+    TEXT,
+    VISION,
+    images,
+    make_hf,
+    make_naflex,
+    make_open_tower,
+    make_timm,
+    several_sizes,
+    videos,
+    x_images,
+)
+from oracle import TOLERANCE, difference, masked_keys, randomise
+
+import gaussmask
+from gaussmask import GaussianPatchDropout, PatchDropout, RandomPatchDropout, UnsupportedModelError
+from gaussmask.besides import Batched, KeyMask
+from gaussmask.seams import Argument, Draw
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# Dense feature maps
+
+
+MAKERS = {
+    "vit": make_timm,
+    "eva": partial(make_timm, "eva02_tiny_patch14_224"),
+    "naflex": partial(make_naflex, reg_tokens=1),
+    "beit": ALL["timm-beit"].build,
+    "relpos": ALL["timm-relpos-class"].build,
+    "cait": ALL["timm-cait"].build,
+    "gemma4": ALL["timm-gemma4-encoder"].build,
+    "open_clip": make_open_tower,
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_dense_feature_maps_raise_instead_of_being_scrambled(make):
+    model, x = make().eval(), x_images(2)["x"]
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    gaussmask.attach(model, RandomPatchDropout(0.75))  # 9 of 36 patches: maps of 8 channels would fit
+    model.train()
+    for more in ({}, {"output_fmt": "NCHW"}):
+        with pytest.raises(UnsupportedModelError, match=f"{type(model).__name__}.forward_intermediates .* dense map"):
+            model.forward_intermediates(x, **more)
+    tokens = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+    assert (tokens["image_intermediates"] if isinstance(tokens, dict) else tokens)[0].shape == (2, 9, 32)
+    maps = copy.deepcopy(model).eval().forward_intermediates(x, intermediates_only=True)
+    torch.testing.assert_close(maps, expected, rtol=0, atol=0)
+
+
+def test_a_forward_intermediates_of_ones_own_stays_in_use_and_comes_back():
+    model = ALL["timm-vit"].build()
+    model.forward_intermediates = own = partial(type(model).forward_intermediates, model, output_fmt="NLC")
+    gaussmask.attach(model, RandomPatchDropout(0.75))
+    x = x_images(2)["x"]
+    with pytest.raises(UnsupportedModelError, match="dense map"):
+        model.forward_intermediates(x)
+    model.eval()
+    assert model.forward_intermediates(x, intermediates_only=True)[0].ndim == 3
+    assert gaussmask.detach(model).forward_intermediates is own
+
+
+def test_dense_feature_maps_behind_a_wrapper():
+    x, dense = x_images(2)["x"], pytest.raises(UnsupportedModelError, match="dense map")
+    trunk = gaussmask.attach(make_timm(features_only=True, out_indices=(0, 1)), RandomPatchDropout(0.75))
+    with dense:
+        trunk(x)
+    trunk.output_fmt = type(trunk.output_fmt)("NLC")
+    assert trunk(x)[0].shape == (2, 9, 32)
+    wrapper = gaussmask.attach(ALL["transformers-TimmWrapperModel"].build(), RandomPatchDropout(0.75))
+    with dense:
+        wrapper(x, output_hidden_states=True)
+    pair = gaussmask.attach(ALL["open_clip-CLIP"].build(), RandomPatchDropout(0.75))
+    with dense:
+        pair.forward_intermediates(x)
+    assert pair.forward_intermediates(x, image_output_fmt="NLC")["image_intermediates"][0].shape == (2, 9, 32)
+
+
+# Positions
+
+
+def test_the_predictor_of_vjepa2_does_not_take_kept_patches_for_all():
+    host = ALL["transformers-VJEPA2Model"]
+    model, inputs = gaussmask.attach(host.build(), RandomPatchDropout(0.5)), host.inputs(2)
+    with pytest.raises(UnsupportedModelError, match=r"VJEPA2Predictor needs every patch.*skip_predictor=True"):
+        model(inputs["pixel_values_videos"])
+    assert model(**inputs).last_hidden_state.shape[1] == 36
+    assert model.eval()(inputs["pixel_values_videos"]).predictor_output is not None
+
+
+def test_positions_that_are_asked_for_before_the_draw_raise():
+    model = gaussmask.attach(ALL["transformers-DINOv3ViTModel"].build(), RandomPatchDropout(0.5))
+    x = images(2)["pixel_values"]
+    with pytest.raises(
+        UnsupportedModelError, match="DINOv3ViTModel asked for positions before its patches were dropped"
+    ):
+        model.rope_embeddings(x)
+    model(x)
+    model.eval()(x)
+    assert model.rope_embeddings(x)[0].ndim == 2, "nothing is left of the draw before"
+
+
+@pytest.mark.parametrize("length", [1, 35, 37, 42])
+def test_a_table_of_unknown_rows_raises(length):
+    draw = Draw(num_prefix_tokens=2, num_suffix_tokens=1)
+    draw.num_patches, draw.keep_indices = 36, torch.tensor([[5, 0]])
+    assert draw.rows(36).tolist() == [[5, 0]]
+    assert draw.rows(39).tolist() == [[0, 1, 7, 2, 38]]
+    with pytest.raises(
+        UnsupportedModelError, match=f"table of {length} rows lies beside 39 tokens, 36 of them patches"
+    ):
+        draw.rows(length)
+
+
+def test_an_interpolated_bias_is_made_for_all_patches_wherever_the_flag_is_passed():
+    host = ALL["transformers-BeitModel-interpolated"]
+    model, (x, *_) = gaussmask.attach(host.build(), RandomPatchDropout(0.5)), host.inputs(2).values()
+    torch.manual_seed(1)
+    by_name = model(x, interpolate_pos_encoding=True)[0]
+    torch.manual_seed(1)
+    assert torch.equal(model(x, None, True)[0], by_name)
+
+
+@pytest.mark.filterwarnings("ignore:.*(searchsorted|non-tuple sequence)")  # timm's own resizing of the tables
+@pytest.mark.parametrize("name", ["timm-beit", "timm-beit-shared", "timm-relpos", "timm-relpos-shared"])
+def test_biases_follow_a_new_image_size(name):
+    model, drop = ALL[name].build(), RandomPatchDropout(0.5)
+    gaussmask.attach(model, drop).set_input_size((64, 24))
+    model(**x_images(2, size=(64, 24)))
+    assert drop.keep_mask.shape == (2, 8, 3)
+    assert gaussmask.detach(model)(**x_images(2, size=(64, 24))).shape == (2, 5)
+
+
+def test_a_rotary_table_is_batched_in_one_way_only():
+    table = torch.zeros(2, 3, 4)
+    assert Batched(table).unsqueeze(0) is table
+    with pytest.raises(UnsupportedModelError, match="unsqueezed at dim 1"):
+        Batched(table).unsqueeze(1)
+
+
+def test_a_host_without_an_argument_that_is_needed_is_refused():
+    with pytest.raises(UnsupportedModelError, match=r"Linear.forward takes no argument 'position_mask'"):
+        Argument.of(torch.nn.Linear(1, 1), "position_mask")
+
+
+# Padding and packing
+
+
+def test_an_attention_mask_that_is_no_tensor_raises():
+    seam = type("", (), {"host_name": "Idefics2VisionTransformer"})()
+    with pytest.raises(
+        UnsupportedModelError, match=r"passes its attention mask as object, .*attn_implementation='sdpa'"
+    ):
+        KeyMask(seam, None).kept(object(), Draw(0, 0))
+
+
+@pytest.mark.parametrize("queries", [1, 2, 4])
+def test_an_attention_mask_loses_the_dropped_keys_and_where_it_has_them_the_dropped_queries(queries):
+    draw = Draw(0, 0)
+    draw.num_patches, draw.keep_indices = 4, torch.tensor([[3, 1], [0, 2]])
+    mask = torch.arange(2 * queries * 4).view(2, 1, queries, 4)
+    kept = KeyMask(None, None).kept(mask, draw)
+    for image, rows in enumerate(draw.keep_indices):
+        expected = mask[image, 0][rows] if queries == 4 else mask[image, 0]
+        assert torch.equal(kept[image, 0], expected[:, rows])
+    assert torch.equal(KeyMask(None, None).kept(mask[:, 0, 0], draw), mask[:, 0, 0].gather(1, draw.keep_indices))
+
+
+@pytest.mark.parametrize("name", ["transformers-ViTModel", "transformers-BeitModel", "transformers-FlavaImageModel"])
+def test_an_attention_mask_over_all_tokens_raises_while_patches_are_dropped(name):
+    model, inputs = gaussmask.attach(ALL[name].build(), RandomPatchDropout(0.5)), ALL[name].inputs(2)
+    with pytest.raises(UnsupportedModelError, match="attention_mask over all its tokens, which does not follow"):
+        model(**inputs, attention_mask=torch.ones(2, 37, dtype=torch.long))
+    gaussmask.attached(model).eval()
+    if "Flava" not in name:  # whose encoder wants four dimensions
+        assert model(**inputs, attention_mask=torch.ones(2, 37, dtype=torch.long))[0].shape[1] == 37
+
+
+class Recording(PatchDropout):
+    """Keeps the coordinates that it was given."""
+
+    def scores(self, coords, generator=None):
+        self.seen = coords
+        return torch.rand(coords.shape[:2])
+
+
+def valid_of(inputs):
+    """Which patches are real, as the input of each kind of padded host tells it."""
+    inputs = inputs.get("x", inputs)
+    if "flattened_patches" in inputs:
+        return inputs["flattened_patches"].sum(-1) != 0
+    names = ("patch_valid", "pixel_attention_mask", "patch_attention_mask")
+    return next(inputs[name] for name in names if name in inputs).flatten(1).bool()
+
+
+PADDED = [
+    "timm-naflex-padded", "timm-gemma4-padded", "transformers-Siglip2VisionModel-padded",
+    "transformers-Idefics2Vision-padded", "transformers-Idefics3Vision-padded", "transformers-SmolVLMVision-padded",
+    "transformers-Kosmos2_5Vision", "transformers-Pix2StructVisionModel",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_each_image_of_a_padded_batch_has_its_own_coordinates_and_padding_comes_last(name):
+    host, drop = ALL[name], Recording(0.5)
+    inputs = host.inputs(3)
+    gaussmask.attach(host.build(), drop)(**inputs)
+    grids = [(6, 6), (5, 4), (3, 6)] if "Idefics" in name or "SmolVLM" in name else PADDED_GRIDS
+    valid = valid_of(inputs)
+    for image, (height, width) in enumerate(grids):
+        grid = torch.cartesian_prod(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width))
+        torch.testing.assert_close(drop.seen[image][valid[image]], grid)
+    assert (drop.keep_mask.flatten(1) & valid).sum(dim=1).tolist() == [min(18, h * w) for h, w in grids]
+    assert drop.keep_indices.shape == (3, 18)
+
+
+def test_the_mask_of_siglip2_is_shortened_once_wherever_it_comes_in():
+    """Through the model with its head, through a method that calls the tower alone, and after a forward that failed."""
+    settings = {"vision_config": VISION | {"num_patches": 36}, "text_config": TEXT, "num_labels": 3}
+    model = make_hf("Siglip2ForImageClassification", "Siglip2Config", settings)
+    drop = RandomPatchDropout(0.5)
+    gaussmask.attach(model, drop)
+    inputs = ALL["transformers-Siglip2VisionModel-padded"].inputs(3)
+    with pytest.raises(AttributeError):
+        model(**inputs | {"pixel_values": None})
+    assert model(**inputs).logits.isfinite().all()
+    assert drop.keep_indices.shape == (3, 18)
+    pair = make_hf("Siglip2Model", "Siglip2Config", settings)
+    gaussmask.attach(pair, RandomPatchDropout(0.75)).get_image_features(**inputs)
+    assert gaussmask.attached(pair).keep_indices.shape == (3, 9)
+    without_mask = inputs | {"pixel_attention_mask": None}
+    assert pair.vision_model(**without_mask).last_hidden_state.shape[1] == 9
+    assert (gaussmask.attached(pair).keep_mask.sum(1) == 9).all()
+
+
+def test_packed_images_keep_their_own_shares():
+    """Images of 36, 24 and 15 patches: the oracle for a sequence of all of them, whose mask keeps them apart."""
+    host, drop = ALL["transformers-PixtralVisionModel"], GaussianPatchDropout(0.5, sigma=0.5)
+    model, inputs = host.build(), several_sizes(3)
+    randomise(model)
+    full = copy.deepcopy(model)
+    hidden = gaussmask.attach(model, drop)(**inputs)[0]
+    (kept,) = drop.keep_indices
+    assert drop.keep_mask.shape == (1, 75)
+    starts = torch.tensor([0, 36, 60, 75])
+    assert torch.bucketize(kept, starts, right=True).tolist() == [1] * 18 + [2] * 12 + [3] * 7
+    with masked_keys(drop.keep_mask, [(0, 0)]):
+        expected = full(**inputs)[0]
+    assert difference(hidden, expected[:, kept]) < TOLERANCE
+    assert difference(hidden, full(**inputs)[0][:, kept]) > 1e-2
+    model(**inputs | {"image_sizes": torch.tensor(inputs["image_sizes"])})
+    assert drop.keep_indices.shape == (1, 37)
+
+
+def test_packed_images_that_only_sequence_lengths_keep_apart_raise():
+    host = ALL["transformers-PixtralVisionModel"]
+    model = gaussmask.attach(host.build(), RandomPatchDropout(0.5))
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UnsupportedModelError, match=r"by sequence lengths and not by a mask.*'sdpa'"):
+        model(**host.inputs(2))
+
+
+def test_radio_packs_images_only_without_a_drop():
+    model = gaussmask.attach(ALL["transformers-RadioModel"].build(), RandomPatchDropout(0.5))
+    patches, grids = torch.randn(24, 3 * 8 * 8), torch.tensor([[2, 6], [4, 3]])
+    with pytest.raises(UnsupportedModelError, match="images of many sizes packed into one sequence"):
+        model.embeddings(patches, grids)
+    assert model.embeddings.eval()(patches, grids).shape == (1, 24 + 2 * 5, 32)
+
+
+# Videos
+
+
+def test_every_frame_has_the_same_coordinates_and_nothing_prefers_a_time():
+    host, drop = ALL["transformers-VideoMAEModel"], Recording(0.5)
+    gaussmask.attach(host.build(), drop)(**videos(2, frames=4))
+    assert drop.keep_mask.shape == (2, 2, 6, 6)
+    frames = drop.seen.unflatten(1, (2, 36))
+    assert torch.equal(frames[:, 0], frames[:, 1])
+    gaussian = GaussianPatchDropout(0.5, sigma=0.2)
+    gaussian.draw(4000, 3 * 16, (3, 4, 4))
+    frequency = gaussian.keep_mask.float().mean(0)
+    assert (frequency[:, 1:3, 1:3].mean((1, 2)) > frequency[:, 0].mean(1) + 0.2).all(), "centred in every frame"
+    per_frame = frequency.mean((1, 2))
+    assert (per_frame - 0.5).abs().max() < 5 * 0.5 / (16 * 4000) ** 0.5 * 16**0.5
+
+
+# open_clip
+
+
+def test_open_clips_forced_patch_dropout_gives_way_and_comes_back():
+    import open_clip
+
+    vision = {"image_size": 48, "patch_size": 8, "width": 64, "layers": 1, "head_width": 32}
+    text = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
+    for extra in ({}, {"multimodal_cfg": {"context_length": 8, "width": 32, "heads": 2, "layers": 1}}):
+        settings = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text, **extra}
+        if extra:  # CoCa
+            settings["custom_text"] = True
+            settings["vision_cfg"] = vision | {"attentional_pool": True, "attn_pooler_heads": 2}
+        open_clip.factory._MODEL_CONFIGS["gaussmask-tiny"] = settings
+        model = open_clip.create_model("gaussmask-tiny", force_patch_dropout=0.25)
+        assert type(model).__name__ == ("CoCa" if extra else "CLIP")
+        forced, drop = model.visual.patch_dropout, GaussianPatchDropout(0.5)
+        assert forced.prob == 0.25
+        gaussmask.attach(model, drop).train().encode_image(x_images(2)["x"])
+        assert drop.keep_indices.shape == (2, 18)
+        assert gaussmask.detach(model).visual.patch_dropout is forced
+    del open_clip.factory._MODEL_CONFIGS["gaussmask-tiny"]
