@@ -66,7 +66,9 @@ def test_refusals_are_described_and_not_raised():
     assert not found.supported
     assert "no vision transformer" in found.reason
     assert (found.family, found.kept, found.grid_size) == ("", {}, None)
-    assert str(found).startswith("Linear: cannot be masked\n  Linear holds no")
+    assert str(found) == found.reason
+    wrapped = torch.nn.Sequential(ALL["transformers-DINOv3ViTModel"].build().embeddings)
+    assert str(gaussmask.describe(wrapped)).startswith("Sequential: DINOv3ViTEmbeddings")
     embeddings = ALL["transformers-DINOv3ViTModel"].build().embeddings
     assert "lacks the rotary positions" in gaussmask.describe(embeddings).reason
     compiled = torch.compile(make_timm())

@@ -24,7 +24,7 @@ from oracle import TOLERANCE, difference, masked_keys, randomise
 import gaussmask
 from gaussmask import GaussianPatchDropout, PatchDropout, RandomPatchDropout, UnsupportedModelError
 from gaussmask.besides import Batched, KeyMask
-from gaussmask.seams import Argument, Draw
+from gaussmask.hooks import Argument, Draw
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from .attach import attach, attached, detach
 from .describe import Description, describe
 from .dropout import GaussianPatchDropout, PatchDropout, RandomPatchDropout
 from .functional import keep_probability
-from .seams import UnsupportedModelError
+from .hooks import UnsupportedModelError
 
 __version__ = version("gaussmask")
 

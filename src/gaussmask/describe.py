@@ -7,8 +7,8 @@ from torch import nn
 
 from .attach import find_place
 from .dropout import RandomPatchDropout
+from .hooks import UnsupportedModelError
 from .scores import num_kept_patches
-from .seams import UnsupportedModelError
 
 RATIOS = (0.5, 0.75, 0.918)
 NO_PIXELS = "this version of gaussmask drops embedded tokens only"
@@ -53,7 +53,7 @@ class Description:
 
     def __str__(self) -> str:
         if self.reason is not None:
-            return f"{self.model}: cannot be masked\n  {self.reason}"
+            return self.reason if self.reason.startswith(self.model) else f"{self.model}: {self.reason}"
         always = f"{self.num_prefix_tokens} in front" if self.num_prefix_tokens else ""
         always += ", " * bool(always and self.num_suffix_tokens)
         always += f"{self.num_suffix_tokens} behind" if self.num_suffix_tokens else ""
@@ -80,8 +80,7 @@ def describe(model: nn.Module) -> Description:
 
     >>> from torch import nn
     >>> print(describe(nn.Linear(2, 2)))  # doctest: +ELLIPSIS
-    Linear: cannot be masked
-      Linear holds no vision transformer that gaussmask knows...
+    Linear holds no vision transformer that gaussmask knows...
     """
     model_name = type(model).__name__
     try:

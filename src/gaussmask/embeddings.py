@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from .functional import patch_coordinates, take_drawn_tokens
-from .seams import Argument, Place, Seam, TimmSeam, UnsupportedModelError, own_grids
+from .hooks import Argument, UnsupportedModelError
+from .seams import Place, Seam, own_grids
+from .slots import TimmSeam
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]

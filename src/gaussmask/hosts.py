@@ -10,20 +10,17 @@ from typing import Any
 from torch import nn
 
 from .besides import (
-    BeitBiases,
-    BiasModule,
     CrossMask,
-    HandedFlag,
     KeyMask,
     KeyMaskIfAny,
     NeedsAllPatches,
     PositionMask,
     PositionsPerLayer,
-    RelPosBiases,
     RotaryArgument,
     RotaryTables,
     TokenCount,
 )
+from .biases import BeitBiases, BiasModule, HandedFlag, RelPosBiases
 from .embeddings import (
     FlattenedPatchesSeam,
     HookSeam,
@@ -35,8 +32,10 @@ from .embeddings import (
     TimmHookSeam,
     UnfoldSeam,
 )
+from .hooks import UnsupportedModelError
 from .refusals import reason_against, reason_against_owner
-from .seams import Beside, Host, NaFlexSeam, Place, Seam, TimmSeam, TimmTupleSeam, UnsupportedModelError
+from .seams import Beside, Host, Place, Seam
+from .slots import NaFlexSeam, TimmSeam, TimmTupleSeam
 
 
 def _num_prefix_tokens(model: Any) -> int:

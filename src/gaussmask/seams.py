@@ -8,78 +8,17 @@ Hooks are bound methods of the seam, or objects that hold it, and all of them li
 pickles of a host have a seam, a drop and hooks of their own.
 """
 
-import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .dropout import PatchDropout
-from .functional import token_indices
-
-
-class UnsupportedModelError(TypeError):
-    """A model that cannot be masked; the message names its class, the reason and, where there is one, the way out."""
-
-
-class Argument(NamedTuple):
-    """An argument of a module's forward, wherever a call puts it."""
-
-    name: str
-    position: int
-
-    @staticmethod
-    def known(module: nn.Module, name: str) -> bool:
-        return name in inspect.signature(module.forward).parameters
-
-    @classmethod
-    def of(cls, module: nn.Module, name: str) -> "Argument":
-        if not cls.known(module, name):
-            raise UnsupportedModelError(
-                f"{type(module).__name__}.forward takes no argument {name!r}, which gaussmask needs: this version of "
-                "its library is not supported yet"
-            )
-        return cls(name, list(inspect.signature(module.forward).parameters).index(name))
-
-    @classmethod
-    def of_any(cls, module: nn.Module, name: str) -> "Argument | None":
-        return cls.of(module, name) if cls.known(module, name) else None
-
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return kwargs.get(self.name) if len(args) <= self.position else args[self.position]
-
-    def write(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if len(args) <= self.position:
-            return args, {**kwargs, self.name: value}
-        return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
-
-
-class Draw:
-    """What one forward of a host keeps."""
-
-    def __init__(self, num_prefix_tokens: int, num_suffix_tokens: int) -> None:
-        self.num_prefix_tokens = num_prefix_tokens
-        self.num_suffix_tokens = num_suffix_tokens
-        self.num_patches = 0
-        self.keep_indices: Tensor | None = None
-
-    def rows(self, length: int) -> Tensor | None:
-        """The rows (B, M) that stay of a table of `length`, one row per patch or per token; None for all of them."""
-        if self.keep_indices is None or length == self.num_patches:
-            return self.keep_indices
-        num_tokens = self.num_patches + self.num_prefix_tokens + self.num_suffix_tokens
-        if length != num_tokens:
-            raise UnsupportedModelError(
-                f"a table of {length} rows lies beside {num_tokens} tokens, {self.num_patches} of them patches, so the "
-                "rows of the kept ones are unknown: detach, and please report the model"
-            )
-        return token_indices(self.keep_indices, self.num_patches, self.num_prefix_tokens, self.num_suffix_tokens)
+from .hooks import Draw, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -219,8 +158,9 @@ class Seam(nn.Module):
         self.agreed("num_prefix_tokens", self.num_prefix_tokens)
         for class_name, beside in place.host.besides.items():
             if beside.needed and not place.within(class_name):
+                name = type(place.module).__name__
                 raise UnsupportedModelError(
-                    f"{self.host_name} by itself lacks {beside.needed}: attach to the model that holds both"
+                    f"{name} by itself lacks {beside.needed}: attach to the model that holds both"
                 )
 
     # Installation
@@ -312,59 +252,6 @@ class Seam(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.drop_tokens(x)[0]
-
-
-class TimmSeam(Seam):
-    """timm's `patch_drop` where it returns the tokens."""
-
-    def configured_grid(self, place: Place) -> tuple[int, ...] | None:
-        return tuple(cast("Any", place.module).patch_embed.grid_size)
-
-    def watch_grid(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        # The grid_size of the config is not the true one for dynamic sizes; those come out as (B, H, W, D).
-        patch_embed: Any = module
-        self.grid_size = tuple(
-            output.shape[1:3] if output.ndim == 4 else patch_embed.dynamic_feat_size(args[0].shape[-2:])
-        )
-
-
-class TimmTupleSeam(TimmSeam):
-    """timm's `patch_drop` where it returns (tokens, keep_indices or None), by which timm gathers the rotary table."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.drop_tokens(x)
-
-
-class NaFlexSeam(Seam):
-    """timm NaFlexVit: as `TimmTupleSeam`, but skipped in eval, never None, and with padded batches of many grids."""
-
-    def configured_grid(self, place: Place) -> tuple[int, ...] | None:
-        grid_size = cast("Any", place.module).embeds.pos_embed_grid_size
-        return None if grid_size is None else tuple(grid_size)
-
-    def watch(self, grid_source: nn.Module) -> RemovableHandle:
-        self.patches: dict[str, Any] = {}
-        return grid_source.register_forward_hook(self.watch_embeds, with_kwargs=True)
-
-    def watch_embeds(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.drop.active and not module.training:
-            raise UnsupportedModelError(
-                f"{self.host_name} skips its patch dropout in eval mode, so nothing would be masked: for masked "
-                "inference put the model into training mode, with its other dropouts at 0"
-            )
-        if not module.training:
-            self.drop.keep_indices = None  # the seam, which would say so, is skipped
-            return
-        self.grid_size = output[1]
-        self.patches = {} if self.grid_size else own_grids(kwargs["patch_coord"], kwargs.get("patch_valid"))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        patches, self.patches = self.patches, {}
-        x, keep_indices = self.drop_tokens(x, **patches)
-        if keep_indices is None:
-            num_patches = x.shape[1] - self.num_prefix_tokens
-            keep_indices = torch.arange(num_patches, device=x.device).expand(x.shape[0], -1)
-        return x, keep_indices
 
 
 def own_grids(positions: Tensor, valid: Tensor | None) -> dict[str, Any]:

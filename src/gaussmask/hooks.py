@@ -1,0 +1,73 @@
+"""What hooks in a host work with: the arguments of a call, and the draw of the forward that it is part of."""
+
+import inspect
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .functional import token_indices
+
+
+class UnsupportedModelError(TypeError):
+    """A model that cannot be masked; the message names its class, the reason and, where there is one, the way out."""
+
+
+class Argument(NamedTuple):
+    """An argument of a module's forward, wherever a call puts it."""
+
+    name: str
+    position: int
+
+    @staticmethod
+    def known(module: nn.Module, name: str) -> bool:
+        """Whether `module.forward` takes an argument of this name."""
+        return name in inspect.signature(module.forward).parameters
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> "Argument":
+        """The argument `name` of `module.forward`; raises UnsupportedModelError where it has none."""
+        if not cls.known(module, name):
+            raise UnsupportedModelError(
+                f"{type(module).__name__}.forward takes no argument {name!r}, which gaussmask needs: this version of "
+                "its library is not supported yet"
+            )
+        return cls(name, list(inspect.signature(module.forward).parameters).index(name))
+
+    @classmethod
+    def of_any(cls, module: nn.Module, name: str) -> "Argument | None":
+        """The same, but None where it has none."""
+        return cls.of(module, name) if cls.known(module, name) else None
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call passes, or None."""
+        return kwargs.get(self.name) if len(args) <= self.position else args[self.position]
+
+    def write(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with another value."""
+        if len(args) <= self.position:
+            return args, {**kwargs, self.name: value}
+        return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
+
+
+class Draw:
+    """What one forward of a host keeps."""
+
+    def __init__(self, num_prefix_tokens: int, num_suffix_tokens: int) -> None:
+        self.num_prefix_tokens = num_prefix_tokens
+        self.num_suffix_tokens = num_suffix_tokens
+        self.num_patches = 0
+        self.keep_indices: Tensor | None = None
+
+    def rows(self, length: int) -> Tensor | None:
+        """The rows (B, M) that stay of a table of `length`, one row per patch or per token; None for all of them."""
+        if self.keep_indices is None or length == self.num_patches:
+            return self.keep_indices
+        num_tokens = self.num_patches + self.num_prefix_tokens + self.num_suffix_tokens
+        if length != num_tokens:
+            raise UnsupportedModelError(
+                f"a table of {length} rows lies beside {num_tokens} tokens, {self.num_patches} of them patches, so the "
+                "rows of the kept ones are unknown: detach, and please report the model"
+            )
+        return token_indices(self.keep_indices, self.num_patches, self.num_prefix_tokens, self.num_suffix_tokens)

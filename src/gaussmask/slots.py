@@ -1,0 +1,63 @@
+"""Seams that stand in a slot of the host's own for patch dropout: timm."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .hooks import UnsupportedModelError
+from .seams import Place, Seam, own_grids
+
+
+class TimmSeam(Seam):
+    """timm's `patch_drop` where it returns the tokens."""
+
+    def configured_grid(self, place: Place) -> tuple[int, ...] | None:
+        return tuple(cast("Any", place.module).patch_embed.grid_size)
+
+    def watch_grid(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        # The grid_size of the config is not the true one for dynamic sizes; those come out as (B, H, W, D).
+        patch_embed: Any = module
+        self.grid_size = tuple(
+            output.shape[1:3] if output.ndim == 4 else patch_embed.dynamic_feat_size(args[0].shape[-2:])
+        )
+
+
+class TimmTupleSeam(TimmSeam):
+    """timm's `patch_drop` where it returns (tokens, keep_indices or None), by which timm gathers the rotary table."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.drop_tokens(x)
+
+
+class NaFlexSeam(Seam):
+    """timm NaFlexVit: as `TimmTupleSeam`, but skipped in eval, never None, and with padded batches of many grids."""
+
+    def configured_grid(self, place: Place) -> tuple[int, ...] | None:
+        grid_size = cast("Any", place.module).embeds.pos_embed_grid_size
+        return None if grid_size is None else tuple(grid_size)
+
+    def watch(self, grid_source: nn.Module) -> RemovableHandle:
+        self.patches: dict[str, Any] = {}
+        return grid_source.register_forward_hook(self.watch_embeds, with_kwargs=True)
+
+    def watch_embeds(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.drop.active and not module.training:
+            raise UnsupportedModelError(
+                f"{self.host_name} skips its patch dropout in eval mode, so nothing would be masked: for masked "
+                "inference put the model into training mode, with its other dropouts at 0"
+            )
+        if not module.training:
+            self.drop.keep_indices = None  # the seam, which would say so, is skipped
+            return
+        self.grid_size = output[1]
+        self.patches = {} if self.grid_size else own_grids(kwargs["patch_coord"], kwargs.get("patch_valid"))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        patches, self.patches = self.patches, {}
+        x, keep_indices = self.drop_tokens(x, **patches)
+        if keep_indices is None:
+            num_patches = x.shape[1] - self.num_prefix_tokens
+            keep_indices = torch.arange(num_patches, device=x.device).expand(x.shape[0], -1)
+        return x, keep_indices
