@@ -27,6 +27,7 @@ from hosts import (
     result,
     x_images,
 )
+from oracle import randomise
 from packaging.version import Version
 from torch import nn
 
@@ -220,8 +221,10 @@ def test_compiles_without_a_graph_break(name):
 
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_gradient_checkpointing_changes_nothing(name):
+    """Nor does the recomputation of a layer after another forward, which has drawn other patches."""
     host = ALL[name]
     model, batches = gaussmask.attach(host.build(), RandomPatchDropout(0.5)), [host.inputs(2), host.inputs(2)]
+    randomise(model)
 
     def step():
         torch.manual_seed(3)
@@ -243,7 +246,7 @@ def test_gradient_checkpointing_changes_nothing(name):
             step()
         return
     for value, reference in zip(step(), expected, strict=True):
-        assert torch.allclose(value, reference, atol=1e-6)
+        assert (value - reference).abs().max() <= 1e-5 * reference.abs().max()
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # Gemma 4's own norms
