@@ -228,6 +228,18 @@ def test_each_image_of_a_padded_batch_has_its_own_coordinates_and_padding_comes_
     assert drop.keep_indices.shape == (3, 18)
 
 
+def test_a_pool_over_real_patches_averages_the_kept_ones():
+    host, drop = ALL["timm-gemma4-padded"], RandomPatchDropout(0.25)
+    model, inputs = gaussmask.attach(host.build(), drop), host.inputs(3)
+    torch.manual_seed(3)
+    logits = model(**inputs)
+    real = inputs["x"]["patch_valid"].gather(1, drop.keep_indices).unsqueeze(-1)
+    assert real.sum(1).flatten().tolist() == [27, 27, 12]
+    torch.manual_seed(3)
+    tokens = model.forward_features(inputs["x"])
+    torch.testing.assert_close(logits, model.head(model.norm((tokens * real).sum(1) / real.sum(1))))
+
+
 def test_the_mask_of_siglip2_is_shortened_once_wherever_it_comes_in():
     """Through the model with its head, through a method that calls the tower alone, and after a forward that failed."""
     settings = {"vision_config": VISION | {"num_patches": 36}, "text_config": TEXT, "num_labels": 3}
