@@ -33,6 +33,7 @@ from torch import nn
 
 import gaussmask
 from gaussmask import GaussianPatchDropout, RandomPatchDropout, UnsupportedModelError
+from gaussmask.seams import Seam
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +147,8 @@ def test_copies_carry_a_drop_of_their_own(host, duplicate):
     twin = duplicate(model)
     own = gaussmask.attached(twin)
     assert own is not drop
+    seams = [module for module in twin.modules() if isinstance(module, Seam)]
+    assert [seam.draw.keep_indices for seam in seams] == [None], "no draw travels"
     assert (type(own), own.mask_ratio, own.sigma, own.keep_indices) == (GaussianPatchDropout, 0.5, 0.7, None)
     assert torch.equal(result(host, twin, inputs, seed=3), result(host, copy.deepcopy(model), inputs, seed=3))
     own.mask_ratio = 0.75

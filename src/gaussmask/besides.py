@@ -181,8 +181,6 @@ class PositionMask(Beside):
 class NeedsAllPatches(Beside):
     """A module that would read the kept patches as if they were all patches in their order."""
 
-    what = "refused while patches are dropped"
-
     def install(self) -> list[RemovableHandle]:
         return [self.module.register_forward_pre_hook(self.before)]
 
