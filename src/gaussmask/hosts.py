@@ -74,8 +74,11 @@ def _pair(side: Any) -> tuple[int, ...]:
     return (side, side) if isinstance(side, int) else tuple(side)
 
 
-VIDEO = "The grid is (T, H, W): a Gaussian is laid over each frame alike, and the patches of all frames compete, so "
-VIDEO += "nothing prefers a time."
+VIDEO = (
+    "The grid is (T, H, W): a Gaussian is laid over each frame alike, and the patches of all frames compete, so nothing "
+    "prefers a time."
+)
+FIRST_PATCH = "`pooler_output` is made of the first kept patch."
 OWN_GRIDS = "Images may have grids of their own: the Gaussian is laid over each, and padding is kept last."
 
 HOSTS: dict[str, Host] = {
@@ -115,14 +118,14 @@ HOSTS: dict[str, Host] = {
     "transformers.FlavaImageEmbeddings": Host(HookSeam, PROJECTION, 1),
     "transformers.GitVisionEmbeddings": Host(HookSeam, CONV, 1, besides={"GitSelfAttention": TokenCount}),
     "transformers.IdeficsVisionEmbeddings": Host(HookSeam, CONV, 1),
-    "transformers.IJepaEmbeddings": Host(HookSeam, PROJECTION),
+    "transformers.IJepaEmbeddings": Host(HookSeam, PROJECTION, note=FIRST_PATCH),
     "transformers.InstructBlipVideoVisionEmbeddings": Host(HookSeam, CONV, 1),
     "transformers.InstructBlipVisionEmbeddings": Host(HookSeam, CONV, 1),
     "transformers.InternVLVisionEmbeddings": Host(HookSeam, PROJECTION, 1),
-    "transformers.JanusVisionEmbeddings": Host(HookSeam, CONV),
+    "transformers.JanusVisionEmbeddings": Host(HookSeam, CONV, note=FIRST_PATCH),
     "transformers.Kosmos2VisionEmbeddings": Host(HookSeam, CONV, 1),
     "transformers.MetaClip2VisionEmbeddings": Host(HookSeam, CONV, 1),
-    "transformers.Ovis2VisionEmbeddings": Host(HookSeam, CONV, refuse=_hidden_stride),
+    "transformers.Ovis2VisionEmbeddings": Host(HookSeam, CONV, refuse=_hidden_stride, note="With hidden_stride=1."),
     "transformers.MgpstrEmbeddings": Host(HookSeam, "proj", 1),
     "transformers.Owlv2VisionEmbeddings": Host(HookSeam, CONV, 1),
     "transformers.OwlViTVisionEmbeddings": Host(HookSeam, CONV, 1),
@@ -133,7 +136,9 @@ HOSTS: dict[str, Host] = {
     ),
     "transformers.SiglipVisionEmbeddings": Host(HookSeam, CONV),
     "transformers.Tipsv2VisionEmbeddings": Host(HookSeam, PROJECTION, _class_and_registers),
-    "transformers.VideoMAEEmbeddings": Host(HookSeam, PROJECTION, size=_clip_size, note=VIDEO),
+    "transformers.VideoMAEEmbeddings": Host(
+        HookSeam, PROJECTION, size=_clip_size, note=f"{VIDEO} The head needs use_mean_pooling=True."
+    ),
     "transformers.ViTEmbeddings": Host(HookSeam, PROJECTION, 1),
     "transformers.ViTMSNEmbeddings": Host(HookSeam, PROJECTION, 1),
     "transformers.VitPoseBackboneEmbeddings": Host(HookSeam, PROJECTION),
