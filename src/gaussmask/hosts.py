@@ -75,8 +75,8 @@ def _pair(side: Any) -> tuple[int, ...]:
 
 
 VIDEO = (
-    "The grid is (T, H, W): a Gaussian is laid over each frame alike, and the patches of all frames compete, so nothing "
-    "prefers a time."
+    "The grid is (T, H, W): a Gaussian is laid over each frame alike, and the patches of all frames compete, so "
+    "nothing prefers a time."
 )
 FIRST_PATCH = "`pooler_output` is made of the first kept patch."
 OWN_GRIDS = "Images may have grids of their own: the Gaussian is laid over each, and padding is kept last."
