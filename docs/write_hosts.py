@@ -58,8 +58,10 @@ at least 3e-3.
 
 {masked}
 
-*follows*: what lies beside the tokens with one row for each, and loses the rows of the dropped patches too. A mean
-over tokens is a mean over the kept ones.
+*Error*: the oracle's. *Always kept*: tokens in front of the patches, and behind them. *Seam*: the host's own slot for
+patch dropout, in which the drop stands, or a hook on the module that returns the tokens. *Follows*: what lies beside
+the tokens with one row for each, and loses the rows of the dropped patches too. A mean over tokens is a mean over the
+kept ones.
 
 ## What to know
 
@@ -158,20 +160,22 @@ def masked_table(measured: dict[str, Measured]) -> str:
     for host in ALL.values():
         model = host.build()
         tiny.setdefault(gaussmask.describe(model).family, model)
-    rows = ["| family | models | seam | always kept | follows | oracle error | note |", "|---|---|---|---|---|---|---|"]
-    for key, host in HOSTS.items():
-        family = key.replace(".", " ")
-        found, (models, error) = gaussmask.describe(tiny[family]), measured[family]
-        seam = re.sub(r"[\w.]*\.(\w+)", r"\1", found.seam)
-        always = (
-            f"{found.num_prefix_tokens} + {found.num_suffix_tokens}"
-            if found.num_suffix_tokens
-            else str("as the model has" if callable(host.prefix) else host.prefix)
-        )
-        rows.append(
-            f"| {family} | {models} | {seam} | {always} | {'; '.join(found.besides)} | {error} | {found.note} |"
-        )
-    return "\n".join(rows)
+    tables = []
+    for library in ("timm", "open_clip", "transformers"):
+        rows = [f"### {library}", "", "| family | models | error | always kept | seam | follows, notes |"]
+        rows.append("|---|---|---|---|---|---|")
+        for key, host in HOSTS.items():
+            family = key.replace(".", " ")
+            if not family.startswith(library):
+                continue
+            found, (models, error) = gaussmask.describe(tiny[family]), measured[family]
+            seam = re.sub(r"[\w.]*\.(\w+)", r"\1", found.seam).replace("forward ", "").replace("stands in for", "slot")
+            front = "as the model has" if callable(host.prefix) else str(host.prefix)
+            always = f"{front} + {found.num_suffix_tokens} behind" if found.num_suffix_tokens else front
+            notes = " ".join([*(f"{what}." for what in found.besides), found.note]).strip()
+            rows.append(f"| {family.split()[1]} | {models} | {error} | {always} | {seam} | {notes} |")
+        tables.append("\n".join(rows))
+    return "\n\n".join(tables)
 
 
 def refused_table() -> str:
@@ -196,11 +200,12 @@ def render(measured: dict[str, Measured], versions: str) -> str:
 
 def parse(page: str) -> tuple[dict[str, Measured], str]:
     """The measured part of a page."""
-    measured = {}
+    measured, library = {}, ""
     for line in page.partition("## Masked")[2].partition("## What")[0].splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
-        if len(cells) > 5 and cells[0] not in ("family", "---"):
-            measured[cells[0]] = Measured(cells[1], cells[5])
+        library = line[4:] if line.startswith("### ") else library
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 6 and cells[0] not in ("family", "---"):
+            measured[f"{library} {cells[0]}"] = Measured(cells[1], cells[2])
     return measured, re.search(r"Measured with (.*)\.\n", page)[1]  # type: ignore[index]
 
 

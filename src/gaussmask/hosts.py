@@ -74,12 +74,9 @@ def _pair(side: Any) -> tuple[int, ...]:
     return (side, side) if isinstance(side, int) else tuple(side)
 
 
-VIDEO = (
-    "The grid is (T, H, W): a Gaussian is laid over each frame alike, and the patches of all frames compete, so "
-    "nothing prefers a time."
-)
+VIDEO = "Grid (T, H, W): every frame has the same Gaussian, and nothing prefers a time."
 FIRST_PATCH = "`pooler_output` is made of the first kept patch."
-OWN_GRIDS = "Images may have grids of their own: the Gaussian is laid over each, and padding is kept last."
+OWN_GRIDS = "A Gaussian on each image's own grid; padding is kept last."
 
 HOSTS: dict[str, Host] = {
     # timm
