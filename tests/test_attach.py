@@ -201,7 +201,9 @@ def test_save_pretrained_round_trip(name, tmp_path):
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_without_a_graph_break(name):
+    """One graph for all batches of a size, and the same patches as in eager mode for the same seed."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     host, drop, kept = ALL[name], GaussianPatchDropout(0.5), []
     model = gaussmask.attach(host.build(), drop)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -214,6 +216,8 @@ def test_compiles_without_a_graph_break(name):
         assert torch.allclose(output, expected, atol=1e-5)
         output.sum().backward()
         kept.append(keep_indices)
+        if seed == 4:
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch.equal(kept[0], kept[1])
     drop.mask_ratio = 0.75
     compiled(**inputs)

@@ -135,6 +135,34 @@ def test_an_interpolated_bias_is_made_for_all_patches_wherever_the_flag_is_passe
     assert torch.equal(model(x, None, True)[0], by_name)
 
 
+@pytest.mark.parametrize("name", ["timm-beit", "timm-relpos", "timm-relpos-shared"])
+def test_a_recomputation_finds_its_draw_where_forward_is_gone_round(name):
+    """timm's forward_features is called by itself, so that nothing tells the seam that a forward begins."""
+    model, batches = ALL[name].build(), [x_images(2)["x"], x_images(2)["x"]]
+    randomise(model)
+    gaussmask.attach(model, RandomPatchDropout(0.5))
+    gradients = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        torch.manual_seed(3)
+        sum(model.forward_head(model.forward_features(x)).square().sum() for x in batches).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert difference(*gradients) < 1e-5
+
+
+def test_a_host_that_turns_out_to_be_another_is_left_as_it_was(monkeypatch):
+    model = ALL["transformers-BeitModel"].build()
+    known = Argument.known
+    monkeypatch.setattr(
+        Argument, "known", staticmethod(lambda module, name: name != "dim_size" and known(module, name))
+    )
+    with pytest.raises(UnsupportedModelError, match="takes no argument 'dim_size'"):
+        gaussmask.attach(model, RandomPatchDropout(0.5))
+    assert gaussmask.attached(model) is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 @pytest.mark.filterwarnings("ignore:.*(searchsorted|non-tuple sequence)")  # timm's own resizing of the tables
 @pytest.mark.parametrize("name", ["timm-beit", "timm-beit-shared", "timm-relpos", "timm-relpos-shared"])
 def test_biases_follow_a_new_image_size(name):

@@ -6,6 +6,7 @@ from typing import TypeVar
 from torch import nn
 
 from .dropout import PatchDropout
+from .hooks import UnsupportedModelError
 from .hosts import find_host
 from .seams import Place, Seam
 
@@ -60,7 +61,11 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
     seam = place.host.seam(drop, place)
     seam.check(place)
     detach(model)
-    seam.install(place)
+    try:
+        seam.install(place)
+    except UnsupportedModelError:  # a host of another version than those that are known
+        seam.remove()
+        raise
     seam.train(place.module.training)
     return model
 

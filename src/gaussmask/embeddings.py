@@ -32,7 +32,7 @@ class HookSeam(Seam):
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Forward pre-hook of the tower: what the last forward drew is not this one's."""
-        self.draw = self.new_draw()
+        self.draw = self.begun = self.new_draw()
         if self.drop.active and self.attention_mask is not None:
             self.take_mask(self.attention_mask.read(args, kwargs))
 

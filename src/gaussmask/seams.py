@@ -127,14 +127,15 @@ class Seam(nn.Module):
         self.aside: list[tuple[Any, str, str, Any]] = []
         self.handles: list[RemovableHandle] = []
         self.grid_size: tuple[int, ...] | None = None
-        self.draw = self.new_draw()
+        self.draw = self.new_draw()  # the latest
+        self.begun: Draw | None = None  # one that is handed on before it is drawn
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.drop._seam = weakref.ref(self)  # the copied drop sits in the copied host
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "grid_size": None, "draw": self.new_draw()}
+        return {**self.__dict__, "grid_size": None, "draw": self.new_draw(), "begun": None}
 
     def new_draw(self) -> Draw:
         return Draw(self.num_prefix_tokens, self.num_suffix_tokens)
@@ -244,6 +245,8 @@ class Seam(nn.Module):
             facts = {"grid_size": self.agreed("grid_size", grid_size)}
         prefix = self.agreed("num_prefix_tokens", self.num_prefix_tokens)
         prefix = prefix if num_prefix_tokens is None else num_prefix_tokens
+        # Never that of a forward before: a layer that is recomputed may still need it as it is.
+        self.draw, self.begun = self.begun or self.new_draw(), None
         self.draw.num_patches = x.shape[1] - prefix - self.num_suffix_tokens
         x, self.draw.keep_indices = self.drop.drop_tokens(
             x, prefix, facts.pop("grid_size", None), **facts, num_suffix_tokens=self.num_suffix_tokens
