@@ -113,6 +113,7 @@ admit. Skipped are families that the older libraries lack.
 | 2.6.0 | 1.0.20 | 5.0.0 | 3.0.0 | 0.7.0 | 476 passed, 36 skipped | 263 passed, 83 skipped, 5 failed |
 | 2.15.0 | 1.0.31 | 5.12.1 | 3.3.0 | 0.8.2 | 500 passed, 12 skipped | 339 passed, 12 skipped |
 | 2.15.0 | 1.0.31 | 5.23.0 | 3.3.0 | 0.8.2 | 512 passed | 351 passed |
+| 2.15.0 | 1.0.31 | 5.24.0 | 3.3.0 | 0.8.2 | 512 passed | 351 passed |
 
 The five failures with the oldest versions are not of the masking: `torch.compile(fullgraph=True)` breaks in
 transformers' own decorators under torch 2.6 (DINOv3, MLCD, YOLOS, ViViT), and `TimmWrapperModel.from_pretrained`

@@ -63,8 +63,8 @@ REFUSED = {
             """,
         PACKED: """
             CohereCompass ColQwen Cosmos3 Dots3 Ernie4_5_VL Exaone4_5 Glm4 Glm5 GlmImage GlmOcr HunYuanVL HyperCLOVAX
-            Inkling2 Kimi Lfm3 LightOn MiniCPM MiniMaxM3 Mistral3 MistralLarge4 NemotronH_Omni PaddleOCR Qwen2V Qwen3
-            Qwen4 VideoLlama3
+            HYV4VL Inkling2 Kimi Lfm3 LightOn MiniCPM MiniMaxM3 Mistral3 MistralLarge4 NemotronH_Omni PaddleOCR Qwen2V
+            Qwen3 Qwen4 VideoLlama3
             """,
         "its attention is causal, so that the order of the patches counts": "Phi4MultimodalVision",
         PLACEHOLDERS: """
@@ -74,7 +74,7 @@ REFUSED = {
             """,
         FRAMES: "VideoPrism",
         JOINED: "LayoutLMv3 Vilt Udop",
-        PIXELS: "Blt Chameleon Emu3 ImageGPT Perceiver",
+        PIXELS: "Apertus1p5 Blt Chameleon Emu3 ImageGPT Perceiver",
         "its image features are made elsewhere": "Lxmert VisualBert",
         BY_ITSELF: "ViTMAE",
     },
