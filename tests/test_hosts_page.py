@@ -22,6 +22,15 @@ def test_the_page_is_what_make_hosts_writes():
     assert all(0 < float(row.error) < TOLERANCE for row in measured.values())
 
 
+def test_the_readme_counts_what_the_page_lists():
+    measured, _ = parse(PAGE.read_text(encoding="utf-8"))
+    timm_names = sum(int(row.models.split()[0]) for family, row in measured.items() if family.startswith("timm"))
+    families = sum(family.startswith("transformers") for family in measured)
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"| timm | {timm_names} names:" in readme
+    assert f"| transformers | {families} families:" in readme
+
+
 def test_every_family_has_a_tiny_model():
     assert {gaussmask.describe(host.build()).family for host in ALL.values()} == {
         key.replace(".", " ") for key in HOSTS

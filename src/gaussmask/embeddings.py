@@ -112,7 +112,8 @@ class FlattenedPatchesSeam(HookSeam):
 
     def facts(self, args: Args, kwargs: Kwargs, rest: list[Any]) -> dict[str, Any]:
         patches = args[0] if args else kwargs["flattened_patches"]
-        valid = patches.sum(dim=-1) != 0 if self.given_mask is None else self.given_mask.bool()  # as the host tells it
+        mask, self.given_mask = self.given_mask, None
+        valid = patches.sum(dim=-1) != 0 if mask is None else mask.bool()  # as the host tells it
         positions = patches[..., :2].long()
         far = positions.masked_fill(~valid.unsqueeze(-1), positions.shape[1])
         return own_grids((positions - far.amin(dim=1, keepdim=True)).clamp(min=0), valid)
@@ -142,8 +143,10 @@ class MaskFromOutsideSeam(HookSeam):
     def draw_patches(self, shapes: Tensor, valid: Tensor) -> Tensor:
         batch_size, num_patches = valid.shape
         self.draw.num_patches = num_patches
-        positions = positions_on_grids(shapes, num_patches)
-        keep_indices = self.drop.draw(batch_size, num_patches, None, **own_grids(positions, valid))
+        facts = own_grids(positions_on_grids(shapes, num_patches), valid)
+        self.agreed("num_prefix_tokens", self.num_prefix_tokens)
+        self.agree_to_own_grids(facts)
+        keep_indices = self.drop.draw(batch_size, num_patches, None, **facts)
         self.draw.keep_indices = keep_indices
         return keep_indices
 
@@ -291,6 +294,7 @@ class PackedSeam(Seam):
             keep_indices = self.drop.draw(num_images, num_patches, grid_size, device=x.device)
             first = torch.arange(0, num_tokens, num_patches, device=x.device).unsqueeze(1)
             return (keep_indices + first).flatten()
+        self.agree_to_own_grids({})
         coords = torch.cat([patch_coordinates(grid, device=x.device) for grid in grids]).unsqueeze(0)
         lengths = [math.prod(grid) for grid in grids]
         return self.drop.draw(1, num_tokens, None, coords, lengths=lengths)[0]

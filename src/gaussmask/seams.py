@@ -220,6 +220,11 @@ class Seam(nn.Module):
             )
         return host_value
 
+    def agree_to_own_grids(self, facts: dict[str, Any]) -> None:
+        """A grid of the drop's own has no meaning for images with grids of theirs."""
+        if "grid_size" not in facts:
+            self.agreed("grid_size", "a grid for every image")
+
     # The drop
 
     def current_draw(self) -> Draw:
@@ -243,6 +248,8 @@ class Seam(nn.Module):
                     "call the model's forward, or detach first"
                 )
             facts = {"grid_size": self.agreed("grid_size", grid_size)}
+        elif facts:
+            self.agree_to_own_grids(facts)
         prefix = self.agreed("num_prefix_tokens", self.num_prefix_tokens)
         prefix = prefix if num_prefix_tokens is None else num_prefix_tokens
         # Never that of a forward before: a layer that is recomputed may still need it as it is.
