@@ -303,11 +303,9 @@ def test_base_class_asks_for_scores():
 def test_images_may_have_grids_of_their_own():
     drop = NearestPatches(0.75)
     coords = torch.rand(3, 12, 2) * 2 - 1
-    x = torch.randn(3, 2 + 12, 4)
-    kept, keep_indices = drop.drop_tokens(x, 2, None, coords=coords)
+    keep_indices = drop.draw(3, 12, None, coords)
     distance = (coords - torch.tensor([0.31, -0.23])).norm(dim=-1)
     assert torch.equal(keep_indices.sort(1).values, distance.argsort(1)[:, :3].sort(1).values)
-    assert torch.equal(kept, rows(x, keep_indices, 2))
     assert drop.keep_mask.shape == (3, 12)
     assert torch.equal(drop.keep_mask.nonzero()[:, 1].view(3, 3), keep_indices.sort(1).values)
 
@@ -318,7 +316,7 @@ def test_gaussian_follows_the_grid_of_each_image(sampling):
     corner_first = torch.cartesian_prod(torch.linspace(-1, 1, 4), torch.linspace(-1, 1, 4))
     drop = GaussianPatchDropout(0.99, sigma=0.01, center=(-1, -1), sampling=sampling)
     coords = torch.stack([corner_first, corner_first.flip(0)])
-    assert drop.drop_tokens(torch.zeros(2, 16, 1), 0, None, coords=coords)[1].tolist() == [[0], [15]]
+    assert drop.draw(2, 16, None, coords).tolist() == [[0], [15]]
 
 
 @every_drop
@@ -329,7 +327,7 @@ def test_padding_is_kept_only_for_want_of_real_patches(make):
     valid = torch.arange(12) < num_real[:, None]
     coords = torch.where(valid[..., None], torch.rand(1000, 12, 2) * 2 - 1, 0.0)
     drop = make(0.5)
-    _, keep_indices = drop.drop_tokens(torch.zeros(1000, 12, 1), 0, None, coords=coords, valid=valid)
+    keep_indices = drop.draw(1000, 12, None, coords, valid)
     assert keep_indices.shape == (1000, 6)
     assert (drop.keep_mask.sum(1) == 6).all()
     assert torch.equal((drop.keep_mask & valid).sum(1), num_real.clamp(max=6))
@@ -338,7 +336,7 @@ def test_padding_is_kept_only_for_want_of_real_patches(make):
 @pytest.mark.parametrize("rows", [3, 17])
 def test_coords_of_another_count_than_the_patches_are_refused(rows):
     with pytest.raises(ValueError, match=r"coords must have shape \(2, 16, 2\)"):
-        RandomPatchDropout(0.5).drop_tokens(torch.zeros(2, 16, 1), 0, None, coords=torch.zeros(2, rows, 2))
+        RandomPatchDropout(0.5).draw(2, 16, None, torch.zeros(2, rows, 2))
 
 
 @pytest.mark.parametrize("x", ["tokens", None, [[1.0]]])

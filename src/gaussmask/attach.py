@@ -12,7 +12,7 @@ from .seams import Place, Seam
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-STAGES = ("tokens",)
+STAGES = ("tokens", "pixels")
 
 
 def find_place(model: nn.Module) -> Place:
@@ -37,13 +37,19 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
     Args:
         model: a ViT of timm, transformers or open_clip, or any module that contains one such vision tower.
         drop: a drop that no other model carries.
-        stage: `"tokens"` drops the embedded tokens, at the host's own seam.
+        stage: `"tokens"` drops the embedded tokens, at the host's own seam. `"pixels"` drops before the embedding:
+            only the kept patches are cut from the image and projected, and the tensor of all tokens is never made. The
+            draws are the same for the same seed, and outputs and gradients too, but for rounding. Hosts whose tokens
+            are more than a linear map of their patch plus something common to all images raise. The embedding modules
+            then see one blank image in place of the batch: call the model, and not these modules by themselves.
 
     Returns:
         `model`.
 
     Raises:
-        UnsupportedModelError: for a model that cannot be masked, with the reason.
+        UnsupportedModelError: for a model that cannot be masked, or not at this `stage`, with the reason. Also by a
+            forward, where only the call shows that pixels cannot be dropped (dropout on the embeddings that was turned
+            on later, positions that differ from image to image, a projection that was replaced or sharded by itself).
         ValueError: for a compiled model, a drop that another model carries, a drop whose own `num_prefix_tokens`
             contradicts the model's, or an unknown `stage`.
         TypeError: for a `drop` that is no `PatchDropout`.
@@ -58,7 +64,7 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
         raise ValueError(
             f"this {type(drop).__name__} is attached to another model: detach it there, or make one drop per model"
         )
-    seam = place.host.seam(drop, place)
+    seam = place.host.seam(drop, place, stage)
     seam.check(place)
     detach(model)
     try:

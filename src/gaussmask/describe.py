@@ -11,7 +11,6 @@ from .hooks import UnsupportedModelError
 from .scores import num_kept_patches
 
 RATIOS = (0.5, 0.75, 0.918)
-NO_PIXELS = "this version of gaussmask drops embedded tokens only"
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Description:
         grid_size: (H, W), or (T, H, W) of a video, at the size of image that the model is configured for; None where
             every image has its own. A forward goes by the true grid of its input.
         kept: how many of these patches are kept, by mask_ratio.
-        pixels_reason: why `stage="pixels"` is not possible, None if it is.
+        pixels_reason: why `attach(..., stage="pixels")` would raise, None if it would not.
         note: what else to know about this family.
     """
 
@@ -44,7 +43,7 @@ class Description:
     num_suffix_tokens: int = 0
     grid_size: tuple[int, ...] | None = None
     kept: dict[float, int] = field(default_factory=dict)
-    pixels_reason: str | None = NO_PIXELS
+    pixels_reason: str | None = None
     note: str = ""
 
     @property
@@ -91,6 +90,7 @@ def describe(model: nn.Module) -> Description:
         return Description(model_name, reason=str(error))
     grid_size = seam.configured_grid(place)
     kept = {} if grid_size is None else {ratio: num_kept_patches(math.prod(grid_size), ratio) for ratio in RATIOS}
+    pixels = seam.pixel_stage(place)
     followers = [(name, part) for name, part in place.host.besides.items() if part.what and place.within(name)]
     return Description(
         model_name,
@@ -102,5 +102,6 @@ def describe(model: nn.Module) -> Description:
         num_suffix_tokens=seam.num_suffix_tokens,
         grid_size=grid_size,
         kept=kept,
+        pixels_reason=pixels if isinstance(pixels, str) else pixels.obstacle(),
         note=place.host.note,
     )

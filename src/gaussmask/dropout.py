@@ -133,38 +133,15 @@ class PatchDropout(nn.Module):
         return mask.scatter_(1, self.keep_indices, True).view(len(mask), *self._mask_shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop_tokens(x, self.num_prefix_tokens or 0, self.grid_size)[0]
-
-    def drop_tokens(
-        self,
-        x: Tensor,
-        num_prefix_tokens: int,
-        grid_size: Sequence[int] | None,
-        coords: Tensor | None = None,
-        valid: Tensor | None = None,
-        *,
-        num_suffix_tokens: int = 0,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What `forward` does, told the facts that a host knows about its tokens.
-
-        Args:
-            x: (B, P + N + S, D).
-            num_prefix_tokens: P.
-            grid_size, coords, valid: of the N patches, as in `draw`; all None for a square grid.
-            num_suffix_tokens: S, tokens behind the patches, which are always kept.
-
-        Returns:
-            The tokens (B, P + K + S, D) and the kept indices (B, K), or `x` itself and None when nothing is dropped.
-        """
         if not self.active:
             self.keep_indices = None
-            return x, None
-        check_tokens(x, num_prefix_tokens + num_suffix_tokens)
-        num_patches = x.shape[1] - num_prefix_tokens - num_suffix_tokens
-        if grid_size is None and coords is None:
-            grid_size = square_grid_size(num_patches)
-        keep_indices = self.draw(x.shape[0], num_patches, grid_size, coords, valid, device=x.device)
-        return take_drawn_tokens(x, keep_indices, num_prefix_tokens, num_suffix_tokens), keep_indices
+            return x
+        num_prefix_tokens = self.num_prefix_tokens or 0
+        check_tokens(x, num_prefix_tokens)
+        num_patches = x.shape[1] - num_prefix_tokens
+        grid_size = self.grid_size or square_grid_size(num_patches)
+        keep_indices = self.draw(x.shape[0], num_patches, grid_size, device=x.device)
+        return take_drawn_tokens(x, keep_indices, num_prefix_tokens)
 
     @torch.no_grad()
     def draw(

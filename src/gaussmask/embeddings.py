@@ -1,13 +1,23 @@
 """Seams that are hooks on a module which returns the embedded tokens: transformers, and timm models without a slot."""
 
 import math
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from .functional import patch_coordinates, take_drawn_tokens
+from .functional import patch_coordinates
 from .hooks import Argument, UnsupportedModelError
+from .pixels import (
+    OWN_POSITIONS,
+    PACKED,
+    FromPatchEmbed,
+    FromPatchEmbedAndDropout,
+    FromPatchProjection,
+    Gemma4Images,
+    OneShape,
+    PixelStage,
+)
 from .seams import Place, Seam, own_grids
 from .slots import TimmSeam
 
@@ -18,6 +28,7 @@ Kwargs = dict[str, Any]
 class HookSeam(Seam):
     """A forward hook on the module that returns the tokens, alone or first in a tuple."""
 
+    pixels_by_default: ClassVar[type[PixelStage] | str] = PixelStage
     prefix_is_in_tokens = True
 
     def how(self, place: Place) -> str:
@@ -58,6 +69,7 @@ class HookSeam(Seam):
 class TimmHookSeam(HookSeam):
     """timm: the grid is shown by its `patch_embed`."""
 
+    pixels_by_default: ClassVar[type[PixelStage] | str] = FromPatchEmbedAndDropout
     watch_grid = TimmSeam.watch_grid
     configured_grid = TimmSeam.configured_grid
 
@@ -65,11 +77,14 @@ class TimmHookSeam(HookSeam):
 class LatePrefixSeam(TimmHookSeam):
     """timm, where the prefix tokens join behind the drop."""
 
+    pixels_by_default: ClassVar[type[PixelStage] | str] = FromPatchEmbed
     prefix_is_in_tokens = False
 
 
 class UnfoldSeam(HookSeam):
     """The embeddings cut the image by themselves: their input shows the grid, and no convolution does."""
+
+    pixels_by_default: ClassVar[type[PixelStage] | str] = FromPatchProjection
 
     def watch_grid(self, module: nn.Module, args: Args, output: Tensor) -> None:
         embeddings: Any = module
@@ -88,6 +103,8 @@ class UnfoldSeam(HookSeam):
 class PaddedGridSeam(HookSeam):
     """Images of many sizes, padded at the right and the bottom to one grid, which `patch_attention_mask` tells."""
 
+    pixels_by_default: ClassVar[type[PixelStage] | str] = OWN_POSITIONS
+
     def install(self, place: Place) -> None:
         super().install(place)
         self.mask = Argument.of(place.module, "patch_attention_mask")
@@ -102,6 +119,7 @@ class PaddedGridSeam(HookSeam):
 class FlattenedPatchesSeam(HookSeam):
     """Flattened patches (B, N, 2 + pixels), each with its row and column in front; padding is all zeros."""
 
+    pixels_by_default: ClassVar[type[PixelStage] | str] = OWN_POSITIONS
     given_mask: Tensor | None = None
 
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
@@ -125,6 +143,8 @@ class MaskFromOutsideSeam(HookSeam):
     So the draw comes before the embeddings, where the outermost module takes in the mask, and the mask goes on with the
     kept patches alone.
     """
+
+    pixels_by_default: ClassVar[type[PixelStage] | str] = OneShape
 
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         return (cast("Any", place.module).position_embedding_size,) * 2
@@ -162,7 +182,7 @@ class MaskFromOutsideSeam(HookSeam):
         if self.kept_mask is None or keep_indices is None:
             return super().drop_tokens(x, num_prefix_tokens, **facts)
         self.kept_mask = None
-        return take_drawn_tokens(x, keep_indices, self.num_prefix_tokens), keep_indices
+        return self.take(x, keep_indices, self.num_prefix_tokens), keep_indices
 
 
 class MaskGate:
@@ -193,6 +213,8 @@ def positions_on_grids(shapes: Tensor, num_patches: int) -> Tensor:
 
 class PositionsInOutputSeam(HookSeam):
     """The embeddings return (tokens, positions (B, N, 2) as (x, y), padding (B, N) or None), and all three are kept."""
+
+    pixels_by_default: ClassVar[type[PixelStage] | str] = Gemma4Images
 
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         return None  # a host of any size of image, which it is not built for
@@ -239,6 +261,8 @@ class KeptPool:
 
 class PackedSeam(Seam):
     """Images packed into one sequence, whose embeddings are no module: a pre-hook on the transformer."""
+
+    pixels_by_default: ClassVar[type[PixelStage] | str] = PACKED
 
     def how(self, place: Place) -> str:
         return f"forward pre-hook on {place.at(place.host.tokens)}"

@@ -33,6 +33,7 @@ from .embeddings import (
     UnfoldSeam,
 )
 from .hooks import UnsupportedModelError
+from .pixels import Spectrograms, Videos
 from .refusals import reason_against, reason_against_owner
 from .seams import Beside, Host, Place, Seam
 from .slots import NaFlexSeam, TimmSeam, TimmTupleSeam
@@ -99,7 +100,7 @@ HOSTS: dict[str, Host] = {
     "transformers.Aimv2VisionEmbeddings": Host(HookSeam, "patch_embed"),
     "transformers.AltCLIPVisionEmbeddings": Host(HookSeam, CONV, 1),
     "transformers.ASTEmbeddings": Host(
-        HookSeam, PROJECTION, 2, size=lambda config: (config.num_mel_bins, config.max_length),
+        HookSeam, PROJECTION, 2, size=lambda config: (config.num_mel_bins, config.max_length), pixels=Spectrograms,
         note="The grid is (frequency, time).",
     ),
     "transformers.Blip2VisionEmbeddings": Host(HookSeam, CONV, 1),
@@ -134,12 +135,12 @@ HOSTS: dict[str, Host] = {
     "transformers.SiglipVisionEmbeddings": Host(HookSeam, CONV),
     "transformers.Tipsv2VisionEmbeddings": Host(HookSeam, PROJECTION, _class_and_registers),
     "transformers.VideoMAEEmbeddings": Host(
-        HookSeam, PROJECTION, size=_clip_size, note=f"{VIDEO} The head needs use_mean_pooling=True."
+        HookSeam, PROJECTION, size=_clip_size, pixels=Videos, note=f"{VIDEO} The head needs use_mean_pooling=True."
     ),
     "transformers.ViTEmbeddings": Host(HookSeam, PROJECTION, 1),
     "transformers.ViTMSNEmbeddings": Host(HookSeam, PROJECTION, 1),
     "transformers.VitPoseBackboneEmbeddings": Host(HookSeam, PROJECTION),
-    "transformers.VivitEmbeddings": Host(HookSeam, PROJECTION, 1, size=_clip_size, note=VIDEO),
+    "transformers.VivitEmbeddings": Host(HookSeam, PROJECTION, 1, size=_clip_size, pixels=Videos, note=VIDEO),
     "transformers.XCLIPVisionEmbeddings": Host(HookSeam, CONV, 1, note="Every frame has a mask of its own."),
     # transformers: something with a row per token lies beside the tokens
     "transformers.BeitEmbeddings": Host(HookSeam, PROJECTION, 1, besides=_beit_biases("Beit")),
@@ -153,7 +154,7 @@ HOSTS: dict[str, Host] = {
     "transformers.MLCDVisionEmbeddings": Host(HookSeam, CONV, 1, besides={"MLCDEncoder": RotaryArgument}),
     "transformers.VJEPA2Embeddings": Host(
         HookSeam, "patch_embeddings.proj", besides={"VJEPA2Encoder": PositionMask, "VJEPA2Predictor": NeedsAllPatches},
-        size=lambda config: (config.frames_per_clip, *_pair(config.crop_size)),
+        size=lambda config: (config.frames_per_clip, *_pair(config.crop_size)), pixels=Videos,
         note=f"{VIDEO} Without its predictor (skip_predictor=True).",
     ),
     "transformers.YolosEmbeddings": Host(

@@ -11,14 +11,16 @@ pickles of a host have a seam, a drop and hooks of their own.
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .dropout import PatchDropout
+from .functional import take_drawn_tokens
 from .hooks import Draw, UnsupportedModelError
+from .pixels import FromConv1, PixelStage, cannot_drop_pixels
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Host:
         slot: attribute of the host that the seam sits in.
         besides: by class name, the modules that hold something with one row per token beside the tokens.
         refuse: the reason why a host of this family cannot be masked as it is configured, or None.
+        pixels: how it drops before its projection, or why it cannot; None is what its seam says.
         size: reads the size of the input off a config, for `describe`: (H, W), with frames in front for videos.
         note: what a user has to know about the family.
     """
@@ -45,6 +48,7 @@ class Host:
     slot: str = "patch_drop"
     besides: "Mapping[str, type[Beside]]" = field(default_factory=dict)
     refuse: Callable[[Any], str | None] = lambda host: None
+    pixels: type[PixelStage] | str | None = None
     size: Callable[[Any], Any] = lambda config: config.image_size
     note: str = ""
 
@@ -113,9 +117,17 @@ class Beside:
 
 
 class Seam(nn.Module):
-    """A seam that is a module of the host, called with the tokens; returns the tokens: open_clip."""
+    """A seam that is a module of the host, called with the tokens; returns the tokens: open_clip.
 
-    def __init__(self, drop: PatchDropout, place: Place) -> None:
+    Args:
+        drop: the drop to carry.
+        place: where.
+        stage: `"tokens"`, or `"pixels"` to drop before the projection.
+    """
+
+    pixels_by_default: ClassVar[type[PixelStage] | str] = FromConv1  # where the row of a family says nothing
+
+    def __init__(self, drop: PatchDropout, place: Place, stage: str = "tokens") -> None:
         super().__init__()
         host = place.host
         self.drop = drop
@@ -129,6 +141,10 @@ class Seam(nn.Module):
         self.grid_size: tuple[int, ...] | None = None
         self.draw = self.new_draw()  # the latest
         self.begun: Draw | None = None  # one that is handed on before it is drawn
+        pixels = self.pixel_stage(place) if stage == "pixels" else None
+        if isinstance(pixels, str):
+            raise cannot_drop_pixels(place.name, pixels)
+        self.pixels = pixels
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -141,6 +157,14 @@ class Seam(nn.Module):
         return Draw(self.num_prefix_tokens, self.num_suffix_tokens)
 
     # Before the installation
+
+    def pixel_stage(self, place: Place) -> PixelStage | str:
+        """How the host drops before its projection, or why a host of its family cannot."""
+        stage = place.host.pixels or self.pixels_by_default
+        if isinstance(stage, str):
+            return stage
+        path = ".".join(part for part in (place.host.grid_source, stage.projection_below) if part)
+        return stage(place.module, place.name, path, self.drop)
 
     def how(self, place: Place) -> str:
         """The seam in words, for `describe`."""
@@ -157,6 +181,8 @@ class Seam(nn.Module):
     def check(self, place: Place) -> None:
         """Raise where the drop or the surroundings of the host do not fit, before anything is changed."""
         self.agreed("num_prefix_tokens", self.num_prefix_tokens)
+        if self.pixels is not None:
+            self.pixels.check()
         for class_name, beside in place.host.besides.items():
             if beside.needed and not place.within(class_name):
                 name = type(place.module).__name__
@@ -171,6 +197,8 @@ class Seam(nn.Module):
         module, host = place.module, place.host
         self.drop._seam = weakref.ref(self)
         self.put(module, self.slot, self)
+        if self.pixels is not None:
+            self.handles += self.pixels.install()
         self.handles.append(self.watch(module.get_submodule(host.grid_source)))
         for class_name, beside in host.besides.items():
             for part in place.within(class_name):
@@ -254,11 +282,22 @@ class Seam(nn.Module):
         prefix = prefix if num_prefix_tokens is None else num_prefix_tokens
         # Never that of a forward before: a layer that is recomputed may still need it as it is.
         self.draw, self.begun = self.begun or self.new_draw(), None
-        self.draw.num_patches = x.shape[1] - prefix - self.num_suffix_tokens
-        x, self.draw.keep_indices = self.drop.drop_tokens(
-            x, prefix, facts.pop("grid_size", None), **facts, num_suffix_tokens=self.num_suffix_tokens
-        )
-        return x, self.draw.keep_indices
+        num_patches = self.draw.num_patches = x.shape[1] - prefix - self.num_suffix_tokens
+        if not self.drop.active:
+            self.drop.keep_indices = None
+            return x, None
+        batch_size = x.shape[0] if self.pixels is None else self.pixels.batch_size
+        for fact in facts.keys() & {"coords", "valid"}:  # of a blank image, where pixels are dropped
+            facts[fact] = facts[fact].expand(batch_size, *facts[fact].shape[1:])
+        grid_size = facts.pop("grid_size", None)
+        keep_indices = self.drop.draw(batch_size, num_patches, grid_size, **facts, device=x.device)
+        self.draw.keep_indices = keep_indices
+        return self.take(x, keep_indices, prefix), keep_indices
+
+    def take(self, x: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
+        """The prefix, the kept patches and the suffix: of embedded tokens, or from pixels and the table `x`."""
+        take = take_drawn_tokens if self.pixels is None else self.pixels.embed
+        return take(x, keep_indices, num_prefix_tokens, self.num_suffix_tokens)
 
     def forward(self, x: Tensor) -> Any:
         return self.drop_tokens(x)[0]

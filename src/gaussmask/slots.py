@@ -1,17 +1,20 @@
 """Seams that stand in a slot of the host's own for patch dropout: timm."""
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .hooks import UnsupportedModelError
+from .pixels import FromPatchEmbedAndDropout, NaFlexImages, PixelStage
 from .seams import Place, Seam, own_grids
 
 
 class TimmSeam(Seam):
     """timm's `patch_drop` where it returns the tokens."""
+
+    pixels_by_default: ClassVar[type[PixelStage] | str] = FromPatchEmbedAndDropout
 
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         return tuple(cast("Any", place.module).patch_embed.grid_size)
@@ -33,6 +36,8 @@ class TimmTupleSeam(TimmSeam):
 
 class NaFlexSeam(Seam):
     """timm NaFlexVit: as `TimmTupleSeam`, but skipped in eval, never None, and with padded batches of many grids."""
+
+    pixels_by_default: ClassVar[type[PixelStage] | str] = NaFlexImages
 
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         grid_size = cast("Any", place.module).embeds.pos_embed_grid_size

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+import torch
 from torch import Tensor
 
 SAMPLINGS = ("additive", "weighted")
@@ -81,6 +82,30 @@ def check_tokens(x: object, num_prefix_tokens: int) -> None:
     if x.shape[1] <= num_prefix_tokens:
         raise ValueError(
             f"x of shape {tuple(x.shape)} holds no patch behind its num_prefix_tokens={num_prefix_tokens} prefix tokens"
+        )
+
+
+def check_images(images: object) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+    if images.ndim not in (4, 5):
+        raise ValueError(f"images must have shape (batch, channels, height, width), got {tuple(images.shape)}")
+
+
+def check_axes(name: str, value: object, num_axes: int) -> tuple[int, ...]:
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * num_axes
+    if len(values) != num_axes:
+        raise ValueError(f"{name} must be an integer or {num_axes} of them, one per axis of the image, got {value!r}")
+    return tuple(check_count(name, size, least=1) for size in values)
+
+
+def check_keep_indices(keep_indices: object, batch_size: int) -> None:
+    if not isinstance(keep_indices, Tensor):
+        raise TypeError(f"keep_indices must be a tensor, got {type(keep_indices).__name__}")
+    if keep_indices.dtype != torch.int64 or keep_indices.ndim != 2 or keep_indices.shape[0] != batch_size:
+        raise ValueError(
+            f"keep_indices must be int64 of shape ({batch_size}, kept), one row per image, "
+            f"got {keep_indices.dtype} of shape {tuple(keep_indices.shape)}"
         )
 
 

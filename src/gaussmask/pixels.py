@@ -1,0 +1,369 @@
+"""Dropping before the projection: only the kept patches are cut from the image and projected.
+
+    images -----------> kept patches --> projection, no bias --> (B, K, D) --.
+                                                                              + --> tokens (B, P + K, D)
+    one blank image --> embedding of the host's own --> table (1, P + N, D) --'
+
+A token is `projection @ patch + bias + position`, and only its first term depends on the image. So the host embeds one
+blank image in place of the batch, which gives all the rest, prefix tokens included, as a table under autograd. Whatever
+makes a token more than such a sum (a norm, dropout, positions that differ from image to image) is an obstacle.
+"""
+
+import inspect
+import math
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.hooks import RemovableHandle
+
+from .dropout import PatchDropout
+from .functional import take_drawn_patches, take_drawn_tokens, token_indices
+from .hooks import UnsupportedModelError
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+PROJECTIONS = (nn.Conv2d, nn.Conv3d, nn.Linear)
+# What may lie between a projection and the tokens besides: none of it changes them, or all of it is position.
+HARMLESS = ("Identity", "Embedding", "InterpolateInitialPositionEmbeddings")
+
+OWN_POSITIONS = "its positions differ from image to image, so that one table cannot hold them"
+PACKED = "it packs images of many sizes into one sequence"
+
+
+def cannot_drop_pixels(host_name: str, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{host_name} cannot drop pixels: {reason}. stage='tokens' can")
+
+
+class PixelStage:
+    """The embedding module of a host is given a blank image, and its projection is a convolution.
+
+    Args:
+        host: the host, which is also what is given the blank image.
+        host_name: the class that a user knows.
+        projection: path of the projection, below the host.
+        drop: the drop that the seam carries.
+    """
+
+    entry_path = ""  # below the host, of the module that is given the blank image
+    within: tuple[str, ...] = ("",)  # paths, below the host, of the modules from the projection to the tokens
+    projection_below = ""  # path of the projection, below the module that shows the grid
+
+    def __init__(self, host: nn.Module, host_name: str, projection: str, drop: PatchDropout) -> None:
+        self.host = host
+        self.host_name = host_name
+        self.projection_path = projection
+        self.projection = host.get_submodule(projection)
+        self.drop = drop
+        self.images: Tensor | None = None  # on their way from the entry to the seam
+        self.blank: Tensor | None = None  # what the projection was given in place of the images
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "images": None, "blank": None}
+
+    # What stands in the way
+
+    def obstacle(self) -> str | None:
+        """Why tokens are not a linear map of their patch and something common to all images; None if they are."""
+        projection = self.host.get_submodule(self.projection_path)
+        if reason := self.obstacle_in_projection(projection):
+            return reason
+        for path in self.within:
+            for module in self.host.get_submodule(path).modules():
+                if isinstance(module, _DropoutNd):
+                    if module.p > 0:
+                        return (
+                            f"one table would share one draw of the dropout on its embeddings (p={module.p:g}): set "
+                            "that to 0"
+                        )
+                elif not (
+                    module is projection
+                    or any(module.children())
+                    or isinstance(module, PatchDropout)
+                    or type(module).__name__ in HARMLESS
+                ):
+                    return f"its patches pass through a {type(module).__name__} besides their linear projection"
+        return None
+
+    def obstacle_in_projection(self, projection: nn.Module) -> str | None:
+        kind = type(projection)
+        if kind.__name__.startswith("FSDP"):
+            return "its projection is sharded by itself: shard it together with the model around it"
+        if kind not in PROJECTIONS:
+            return f"its projection is a {kind.__name__}, and no plain Conv2d, Conv3d or Linear"
+        if projection is not self.projection:
+            return "its projection was replaced after attach: attach again"
+        if "forward" in vars(projection) or any(_foreign_hooks(projection)):
+            return "its projection carries hooks or a forward of somebody else's, which would not see the kept patches"
+        settings: Any = {} if kind is nn.Linear else vars(projection)
+        for name, plain in {
+            "groups": 1,
+            "dilation": (1,) * len(settings.get("dilation", ())),
+            "padding_mode": "zeros",
+        }.items():
+            if settings.get(name, plain) != plain:
+                return f"its projection has {name}={settings[name]!r}"
+        return None
+
+    def check(self) -> None:
+        if reason := self.obstacle():
+            raise cannot_drop_pixels(self.host_name, reason)
+
+    # The blank image goes in
+
+    @property
+    def entry(self) -> nn.Module:
+        """The module that is given the blank image."""
+        return self.host.get_submodule(self.entry_path)
+
+    def install(self) -> list[RemovableHandle]:
+        self.first = next(iter(inspect.signature(self.entry.forward).parameters))
+        return [
+            self.entry.register_forward_pre_hook(self.before_entry, with_kwargs=True),
+            self.projection.register_forward_pre_hook(self.before_projection),
+        ]
+
+    def before_entry(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Forward pre-hook: one blank image instead of the batch."""
+        self.images = self.blank = None
+        if not self.drop.active:
+            return None
+        self.check()
+        images = args[0] if args else kwargs[self.first]
+        others = self.others_for_one(args[1:], {name: value for name, value in kwargs.items() if name != self.first})
+        self.images = self.arranged(images)
+        blank = images.new_zeros(1, *images.shape[1:])
+        return ((blank, *others[0]), others[1]) if args else ((), {self.first: blank, **others[1]})
+
+    def others_for_one(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The further arguments of the entry, for one image."""
+        names = list(inspect.signature(self.entry.forward).parameters)[1:]
+        for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+            if isinstance(value, Tensor):
+                raise cannot_drop_pixels(
+                    self.host_name, f"it was called with {name}, by which tokens differ from image to image"
+                )
+        return args, kwargs
+
+    def before_projection(self, module: nn.Module, args: Args) -> None:
+        """Forward pre-hook: what becomes of the blank image on its way."""
+        self.blank = args[0]
+
+    def arranged(self, images: Tensor) -> Tensor:
+        """The input of the entry as it reaches the projection."""
+        return images
+
+    # The tokens come out
+
+    @property
+    def batch_size(self) -> int:
+        """Of the images on their way; raises where there are none."""
+        if self.images is None or self.blank is None:
+            self.check()
+            raise cannot_drop_pixels(
+                self.host_name, "it reached its patch dropout, but no images had gone through its embedding"
+            )
+        return len(self.images)
+
+    def embed(self, table: Tensor, keep_indices: Tensor, num_prefix_tokens: int, num_suffix_tokens: int) -> Tensor:
+        """The tokens (B, P + K + S, D) of the prefix, the kept patches and the suffix.
+
+        Args:
+            table: (1, P + N + S, D), the host's embedding of the blank image.
+            keep_indices: (B, K), counted over the patches.
+        """
+        images, blank = cast("Tensor", self.images), cast("Tensor", self.blank)
+        self.images = self.blank = None
+        if len(table) != 1 or self.shape_at_projection(images) != blank.shape[1:]:
+            raise cannot_drop_pixels(
+                self.host_name,
+                f"of images {tuple(images.shape)} a blank one came to its projection as {tuple(blank.shape)}, and its "
+                f"tokens came out as {tuple(table.shape)}, a way that gaussmask does not know",
+            )
+        num_patches = table.shape[1] - num_prefix_tokens - num_suffix_tokens
+        rows = token_indices(keep_indices, num_patches, num_prefix_tokens, num_suffix_tokens)
+        constant = table[0].index_select(0, rows.flatten()).view(*rows.shape, -1)
+        patches = self.kept_patches(images, keep_indices).to(blank.dtype)
+        projected = project_patches(patches, self.weight)
+        return constant + F.pad(projected, (0, 0, num_prefix_tokens, num_suffix_tokens))
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the projection, whole and plain."""
+        weight: Any = self.projection.weight
+        if type(weight) not in (Tensor, nn.Parameter):
+            raise cannot_drop_pixels(
+                self.host_name,
+                f"where its tokens are dropped, the weight of its projection is a {type(weight).__name__} (quantised, "
+                "or sharded apart from the model around it)",
+            )
+        return weight
+
+    def shape_at_projection(self, images: Tensor) -> tuple[int, ...]:
+        """The shape of one image where it enters the projection."""
+        return images.shape[1:]
+
+    def kept_patches(self, images: Tensor, keep_indices: Tensor) -> Tensor:
+        """The kept patches (B, K, ...) of the images, laid out as the weight of the projection."""
+        if images.ndim == 3:  # flattened patches (B, N, pixels)
+            return take_drawn_tokens(images, keep_indices, 0)
+        conv: Any = self.projection
+        if conv.padding != "valid" and any(conv.padding):
+            images = F.pad(images, [pad for pad in reversed(conv.padding) for _ in range(2)])
+        return take_drawn_patches(images, keep_indices, conv.kernel_size, conv.stride)
+
+
+def project_patches(patches: Tensor, weight: Tensor) -> Tensor:
+    """Patches (B, K, C, ...) by a weight (D, C, ...), without a bias: (B, K, D)."""
+    if patches.ndim > 3 and not patches.is_contiguous():  # channels last in memory: reorder the weight, not the pixels
+        patches, weight = patches.movedim(2, -1), weight.movedim(1, -1)
+    return F.linear(patches.flatten(2), weight.flatten(1))
+
+
+def _foreign_hooks(module: nn.Module) -> list[Any]:
+    """The hooks of `module` that are not this library's."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
+    return [
+        hook for hook in hooks if not type(getattr(hook, "__self__", hook)).__module__.startswith(f"{__package__}.")
+    ]
+
+
+class FromProjection(PixelStage):
+    """The projection itself is given the blank image, where the host takes its batch size from what comes out.
+
+    So whatever the host does to an image before, as padding it, is done to the whole batch by the host itself.
+    """
+
+    @property
+    def entry(self) -> nn.Module:
+        return self.projection
+
+    def install(self) -> list[RemovableHandle]:
+        return super().install()[:1]
+
+    def before_entry(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        given = super().before_entry(module, args, kwargs)
+        if given is not None:
+            self.before_projection(module, given[0])
+        return given
+
+
+class FromPatchProjection(FromProjection):
+    """RADIO: its module cuts the images into flattened patches, and projects them."""
+
+    within: tuple[str, ...] = ("patch_projection",)
+    projection_below = "patch_projection"
+
+
+class FromConv1(FromProjection):
+    """open_clip: nothing lies between the convolution and the tokens."""
+
+    within: tuple[str, ...] = ("conv1",)
+
+
+class FromPatchEmbed(FromProjection):
+    """timm: `PatchEmbed`, whose tokens are dropped at once."""
+
+    within: tuple[str, ...] = ("patch_embed",)
+    projection_below = "proj"
+
+
+class FromPatchEmbedAndDropout(FromPatchEmbed):
+    """timm: `PatchEmbed`, and the dropout behind its tokens and their positions."""
+
+    within: tuple[str, ...] = ("patch_embed", "pos_drop")
+
+
+class Videos(PixelStage):
+    """(B, T, C, H, W), which comes to the projection as (B, C, T, H, W)."""
+
+    def arranged(self, images: Tensor) -> Tensor:
+        return images.transpose(1, 2)
+
+
+class Spectrograms(PixelStage):
+    """(B, time, frequency), which comes to the projection as (B, 1, frequency, time)."""
+
+    def arranged(self, images: Tensor) -> Tensor:
+        return rearrange(images, "b time frequency -> b 1 frequency time")
+
+
+class OneShape(PixelStage):
+    """Flattened patches (B, N, pixels) on grids of `spatial_shapes` (B, 2), which all have to be the same."""
+
+    def others_for_one(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        shapes = args[0] if args else kwargs["spatial_shapes"]
+        same, error = (shapes == shapes[:1]).all(), cannot_drop_pixels(self.host_name, OWN_POSITIONS)
+        if torch.compiler.is_compiling() or not shapes.is_cpu:
+            torch._assert_async(same, str(error))  # no synchronisation
+        elif not same:
+            raise error
+        return ((shapes[:1],), {}) if args else ((), {"spatial_shapes": shapes[:1]})
+
+
+class CutToPatches(PixelStage):
+    """The module cuts images into flattened patches by itself, (C, p, q) or, `channels_last`, (p, q, C) each."""
+
+    channels_last = False
+
+    def arranged(self, images: Any) -> Tensor:
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise cannot_drop_pixels(self.host_name, f"it was given patches, not images (B, C, H, W): {OWN_POSITIONS}")
+        return images
+
+    def shape_at_projection(self, images: Tensor) -> tuple[int, ...]:
+        grid = [side // patch for side, patch in zip(images.shape[2:], self.patch_size, strict=True)]
+        return math.prod(grid), images.shape[1] * math.prod(self.patch_size)
+
+    def kept_patches(self, images: Tensor, keep_indices: Tensor) -> Tensor:
+        patches = take_drawn_patches(images, keep_indices, self.patch_size, self.patch_size)
+        return (patches.movedim(2, -1) if self.channels_last else patches).flatten(2)
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        return tuple(cast("Any", self.entry).patch_size)
+
+
+class Gemma4Images(CutToPatches):
+    """timm: images in [0, 1] go to [-1, 1] on the way, so that the blank image brings the -1 into the table."""
+
+    entry_path = "patch_embed"
+    within: tuple[str, ...] = ("patch_embed",)
+    projection_below = "input_proj"
+
+    def kept_patches(self, images: Tensor, keep_indices: Tensor) -> Tensor:
+        return 2 * super().kept_patches(images, keep_indices)
+
+
+class NaFlexImages(CutToPatches):
+    """timm: images are padded to whole patches and cut, or convolved."""
+
+    entry_path = "embeds"
+    within: tuple[str, ...] = ("embeds",)
+    projection_below = "proj"
+
+    def arranged(self, images: Any) -> Tensor:
+        images = super().arranged(images)
+        if not cast("Any", self.entry).dynamic_img_pad:
+            return images
+        missing = [-side % patch for side, patch in zip(images.shape[2:], self.patch_size, strict=True)]
+        return F.pad(images, (0, missing[1], 0, missing[0]))
+
+    def shape_at_projection(self, images: Tensor) -> tuple[int, ...]:
+        if isinstance(self.projection, nn.Linear):
+            return super().shape_at_projection(images)
+        return PixelStage.shape_at_projection(self, images)
+
+    def kept_patches(self, images: Tensor, keep_indices: Tensor) -> Tensor:
+        if isinstance(self.projection, nn.Linear):
+            return super().kept_patches(images, keep_indices)
+        return PixelStage.kept_patches(self, images, keep_indices)
+
+    @property
+    def channels_last(self) -> bool:  # type: ignore[override]
+        return getattr(self.entry, "channels_last", True)  # as always in timm before 1.0.2x
