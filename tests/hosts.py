@@ -477,6 +477,10 @@ COMPILED = [
     "transformers-VJEPA2ForVideoClassification", "transformers-YolosModel", "transformers-RadioModel",
     "transformers-VivitModel",
 ]  # fmt: skip
+COMPILED_WITH_PIXELS = [  # one for every way in which the image goes in
+    "timm-vit", "timm-relpos", "timm-naflex-learned", "timm-gemma4", "transformers-CLIPModel",
+    "transformers-RadioModel", "transformers-VJEPA2ForVideoClassification",
+]  # fmt: skip
 SAVED = [
     "transformers-CLIPModel", "transformers-DINOv3ViTModel", "transformers-TimmWrapperModel",
     "transformers-BeitModel", "transformers-MLCDVisionModel", "transformers-VJEPA2ForVideoClassification",
@@ -487,3 +491,37 @@ REPRESENTATIVE = [
     "transformers-Siglip2VisionModel-padded", "transformers-Idefics2Vision-padded", "transformers-PixtralVisionModel",
     "open_clip-tower-patch-dropout", "open_clip-CustomTextCLIP-timm",
 ]  # fmt: skip
+
+# Stages
+
+OWN_POSITIONS = "positions differ from image to image"
+# Of all hosts of the tests those that cannot drop pixels, and why: known at attach, or by the call.
+NO_PIXELS_AT_ATTACH = {
+    "timm-hybrid": "pass through a StdConv2dSame",
+    "transformers-Aimv2VisionModel": "pass through a Aimv2RMSNorm",
+    "transformers-Aimv2VisionModel-native": "pass through a Aimv2RMSNorm",
+    "transformers-Ovis2Vision": "pass through a Ovis2RMSNorm",
+    "transformers-Idefics2Vision": OWN_POSITIONS,
+    "transformers-Idefics2Vision-padded": OWN_POSITIONS,
+    "transformers-Idefics3Vision-padded": OWN_POSITIONS,
+    "transformers-SmolVLMVision-padded": OWN_POSITIONS,
+    "transformers-Kosmos2_5Vision": OWN_POSITIONS,
+    "transformers-Pix2StructVisionModel": OWN_POSITIONS,
+    "transformers-PixtralVisionModel": "packs images",
+    "transformers-PixtralVisionModel-wide": "packs images",
+}
+NO_PIXELS_AT_THE_CALL = {
+    "timm-naflex-padded": "with patch_coord",
+    "timm-naflex-padded-map": "with patch_coord",
+    "timm-naflex-padded-axial": "with patch_coord",
+    "timm-naflex-padded-mixed": "with patch_coord",
+    "timm-gemma4-padded": "with patch_coord",
+    "timm-gemma4-encoder-padded": OWN_POSITIONS,
+    "transformers-Siglip2VisionModel-padded": OWN_POSITIONS,
+}
+
+
+def with_stages(names):
+    """Each name with the stages that its host has."""
+    pixels = [name for name in names if name not in NO_PIXELS_AT_ATTACH | NO_PIXELS_AT_THE_CALL]
+    return [*((name, "tokens") for name in names), *((name, "pixels") for name in pixels)]

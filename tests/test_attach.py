@@ -15,6 +15,7 @@ import transformers as tf
 from hosts import (
     ALL,
     COMPILED,
+    COMPILED_WITH_PIXELS,
     REPRESENTATIVE,
     SAVED,
     TEXT,
@@ -25,6 +26,7 @@ from hosts import (
     make_open_tower,
     make_timm,
     result,
+    with_stages,
     x_images,
 )
 from oracle import randomise
@@ -41,9 +43,23 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=REPRESENTATIVE)
-def host(request):
-    return ALL[request.param]
+@pytest.fixture(params=with_stages(REPRESENTATIVE), ids="-".join)
+def case(request):
+    return request.param
+
+
+@pytest.fixture
+def host(case):
+    return ALL[case[0]]
+
+
+@pytest.fixture
+def attach(case):
+    return partial(gaussmask.attach, stage=case[1])
+
+
+def staged(names):
+    return pytest.mark.parametrize(("name", "stage"), with_stages(names))
 
 
 def structure(model, *, identity=True):
@@ -69,10 +85,10 @@ def face(model):
     return type(model), list(model.state_dict()), inspect.signature(model.forward), str(getattr(model, "config", None))
 
 
-def test_eval_is_bit_identical_and_the_modes_reach_the_drop(host):
+def test_eval_is_bit_identical_and_the_modes_reach_the_drop(host, attach):
     model, inputs, drop = host.build().eval(), host.inputs(2), RandomPatchDropout(0.5)
     expected, before = result(host, model, inputs), face(model)
-    assert gaussmask.attach(model, drop) is model
+    assert attach(model, drop) is model
     assert gaussmask.attached(model) is drop
     assert not drop.training, "the drop takes the mode of the model, which from_pretrained returns in eval"
     assert torch.equal(result(host, model, inputs), expected)
@@ -87,12 +103,12 @@ def test_eval_is_bit_identical_and_the_modes_reach_the_drop(host):
     drop.mask_ratio = 0.0  # unmasked tuning
     assert torch.allclose(result(host, model, inputs), expected, atol=1e-6)
     assert drop.keep_indices is None
-    assert gaussmask.attached(gaussmask.attach(host.build(), RandomPatchDropout(0.5))).training
+    assert gaussmask.attached(attach(host.build(), RandomPatchDropout(0.5))).training
 
 
-def test_the_drop_has_a_mode_of_its_own(host):
+def test_the_drop_has_a_mode_of_its_own(host, attach):
     model, inputs, drop = host.build(), host.inputs(2), RandomPatchDropout(0.5)
-    gaussmask.attach(model, drop)
+    attach(model, drop)
     drop.eval()
     model(**inputs)
     assert drop.keep_indices is None
@@ -106,14 +122,14 @@ def test_the_drop_has_a_mode_of_its_own(host):
         assert keeps(drop, host, 2, 0.5)
 
 
-def test_detach_restores_and_twice_replaces(host):
+def test_detach_restores_and_twice_replaces(host, attach):
     model, inputs = host.build(), host.inputs(2)
     before, output = structure(model), result(host, model, inputs, seed=3)
     first, second = RandomPatchDropout(0.5), RandomPatchDropout(0.75)
-    gaussmask.attach(model, first)
+    attach(model, first)
     once = structure(model, identity=False)
     for drop in (second, second):  # also by itself
-        gaussmask.attach(model, drop)
+        attach(model, drop)
         assert structure(model, identity=False) == once
     model(**inputs)
     assert gaussmask.attached(model) is second
@@ -138,10 +154,10 @@ def by_pickle(model):
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save])
-def test_copies_carry_a_drop_of_their_own(host, duplicate):
+def test_copies_carry_a_drop_of_their_own(host, attach, duplicate):
     model, inputs, drop = host.build(), host.inputs(3), GaussianPatchDropout(0.5, sigma=0.7)
     plain = structure(duplicate(model), identity=False)
-    gaussmask.attach(model, drop)(**inputs)
+    attach(model, drop)(**inputs)
     mask = drop.keep_indices
 
     twin = duplicate(model)
@@ -159,13 +175,13 @@ def test_copies_carry_a_drop_of_their_own(host, duplicate):
     assert drop.training
     assert drop.keep_indices is mask, "nothing that happens to the copy reaches the original"
     with pytest.raises(ValueError, match="attached to another model"):
-        gaussmask.attach(model, own)
+        attach(model, own)
 
     gaussmask.detach(twin.train())
     assert structure(twin, identity=False) == plain
     twin(**inputs)
     assert drop.keep_indices is mask
-    gaussmask.attach(model, own)(**inputs)
+    attach(model, own)(**inputs)
     assert keeps(own, host, 3, 0.25)
 
 
@@ -185,10 +201,10 @@ def test_one_drop_serves_one_model():
     assert gaussmask.attached(gaussmask.attach(both, drop)) is drop
 
 
-@pytest.mark.parametrize("name", SAVED)
-def test_save_pretrained_round_trip(name, tmp_path):
+@staged(SAVED)
+def test_save_pretrained_round_trip(name, stage, tmp_path):
     model, inputs = ALL[name].build().eval(), ALL[name].inputs(2)
-    gaussmask.attach(model, RandomPatchDropout(0.5)).save_pretrained(tmp_path)
+    gaussmask.attach(model, RandomPatchDropout(0.5), stage=stage).save_pretrained(tmp_path)
     loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert gaussmask.attached(loaded) is None
@@ -199,13 +215,15 @@ def test_save_pretrained_round_trip(name, tmp_path):
 # Training machinery
 
 
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiles_without_a_graph_break(name):
+@pytest.mark.parametrize(
+    ("name", "stage"), [*((name, "tokens") for name in COMPILED), *((name, "pixels") for name in COMPILED_WITH_PIXELS)]
+)
+def test_compiles_without_a_graph_break(name, stage):
     """One graph for all batches of a size, and the same patches as in eager mode for the same seed."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     host, drop, kept = ALL[name], GaussianPatchDropout(0.5), []
-    model = gaussmask.attach(host.build(), drop)
+    model = gaussmask.attach(host.build(), drop, stage=stage)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert gaussmask.attached(compiled) is drop
     for seed, batch_size in [(3, 2), (4, 2), (5, 3)]:  # the last batch of an epoch has a size of its own
@@ -226,11 +244,14 @@ def test_compiles_without_a_graph_break(name):
     assert drop.keep_indices is None
 
 
-@pytest.mark.parametrize("name", REPRESENTATIVE)
-def test_gradient_checkpointing_changes_nothing(name):
+@staged(REPRESENTATIVE)
+def test_gradient_checkpointing_changes_nothing(name, stage):
     """Nor does the recomputation of a layer after another forward, which has drawn other patches."""
     host = ALL[name]
-    model, batches = gaussmask.attach(host.build(), RandomPatchDropout(0.5)), [host.inputs(2), host.inputs(2)]
+    model, batches = (
+        gaussmask.attach(host.build(), RandomPatchDropout(0.5), stage=stage),
+        [host.inputs(2), host.inputs(2)],
+    )
     randomise(model)
 
     def step():
@@ -257,9 +278,9 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # Gemma 4's own norms
-def test_autocast_keeps_the_same_patches(host):
+def test_autocast_keeps_the_same_patches(host, attach):
     inputs, drop = host.inputs(3), GaussianPatchDropout(0.5)
-    model = gaussmask.attach(host.build(), drop)
+    model = attach(host.build(), drop)
     result(host, model, inputs, seed=3)
     keep_indices = drop.keep_indices
     with torch.autocast("cpu", torch.bfloat16):
@@ -267,12 +288,12 @@ def test_autocast_keeps_the_same_patches(host):
     assert torch.equal(drop.keep_indices, keep_indices)
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "transformers-CLIPVisionModel", "transformers-DINOv3ViTModel"])
-def test_gradients_reach_the_pixels_of_kept_patches_only(name):
+@staged(["timm-vit", "transformers-CLIPVisionModel", "transformers-DINOv3ViTModel"])
+def test_gradients_reach_the_pixels_of_kept_patches_only(name, stage):
     host, drop = ALL[name], RandomPatchDropout(0.75)
     inputs = host.inputs(2)
     (pixels,) = (value.requires_grad_() for value in inputs.values())
-    result(host, gaussmask.attach(host.build(), drop), inputs).square().sum().backward()
+    result(host, gaussmask.attach(host.build(), drop, stage=stage), inputs).square().sum().backward()
     touched = pixels.grad.unflatten(2, (6, 8)).unflatten(4, (6, 8)).abs().amax(dim=(1, 3, 5)) > 0
     assert torch.equal(touched, drop.keep_mask)
 

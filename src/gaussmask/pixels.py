@@ -31,6 +31,9 @@ PROJECTIONS = (nn.Conv2d, nn.Conv3d, nn.Linear)
 # What may lie between a projection and the tokens besides: none of it changes them, or all of it is position.
 HARMLESS = ("Identity", "Embedding", "InterpolateInitialPositionEmbeddings")
 
+# The hook by which transformers turns the gradients of embeddings on for checkpointing and adapters.
+GRADIENTS_ON = "make_inputs_require_grads"
+
 OWN_POSITIONS = "its positions differ from image to image, so that one table cannot hold them"
 PACKED = "it packs images of many sizes into one sequence"
 
@@ -150,8 +153,9 @@ class PixelStage:
         return args, kwargs
 
     def before_projection(self, module: nn.Module, args: Args) -> None:
-        """Forward pre-hook: what becomes of the blank image on its way."""
-        self.blank = args[0]
+        """Forward pre-hook: what became of the blank image on its way."""
+        if self.images is not None:
+            self.blank = args[0]
 
     def arranged(self, images: Tensor) -> Tensor:
         """The input of the entry as it reaches the projection."""
@@ -186,7 +190,9 @@ class PixelStage:
             )
         num_patches = table.shape[1] - num_prefix_tokens - num_suffix_tokens
         rows = token_indices(keep_indices, num_patches, num_prefix_tokens, num_suffix_tokens)
-        constant = table[0].index_select(0, rows.flatten()).view(*rows.shape, -1)
+        if table.requires_grad and not torch.compiler.is_compiling():
+            table.register_hook(_by_columns)
+        constant = table.squeeze(0).index_select(0, rows.flatten()).view(*rows.shape, -1)
         patches = self.kept_patches(images, keep_indices).to(blank.dtype)
         projected = project_patches(patches, self.weight)
         return constant + F.pad(projected, (0, 0, num_prefix_tokens, num_suffix_tokens))
@@ -224,12 +230,25 @@ def project_patches(patches: Tensor, weight: Tensor) -> Tensor:
     return F.linear(patches.flatten(2), weight.flatten(1))
 
 
+def _by_columns(gradient: Tensor) -> Tensor:
+    """The gradient of a table, in another order in memory.
+
+    Where a host puts its table together from a class token and patches, their gradients are slices of the table's. The
+    slice of a parameter would become its `grad` with strides that no parameter has, at which DDP warns. A slice of this
+    one is copied by autograd.
+    """
+    return gradient.mT.contiguous().mT
+
+
 def _foreign_hooks(module: nn.Module) -> list[Any]:
-    """The hooks of `module` that are not this library's."""
+    """The hooks of `module` that are not this library's and may do more than to turn gradients on."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
     return [
-        hook for hook in hooks if not type(getattr(hook, "__self__", hook)).__module__.startswith(f"{__package__}.")
+        hook
+        for hook in hooks
+        if not type(getattr(hook, "__self__", hook)).__module__.startswith(f"{__package__}.")
+        and getattr(hook, "__name__", "") != GRADIENTS_ON
     ]
 
 
@@ -242,15 +261,6 @@ class FromProjection(PixelStage):
     @property
     def entry(self) -> nn.Module:
         return self.projection
-
-    def install(self) -> list[RemovableHandle]:
-        return super().install()[:1]
-
-    def before_entry(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        given = super().before_entry(module, args, kwargs)
-        if given is not None:
-            self.before_projection(module, given[0])
-        return given
 
 
 class FromPatchProjection(FromProjection):
