@@ -26,6 +26,7 @@ from oracle import DROPS, randomise, run
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import gaussmask
 from gaussmask import GaussianPatchDropout, RandomPatchDropout, UnsupportedModelError
@@ -284,6 +285,19 @@ def test_no_tensor_of_all_tokens_is_made(name):
     all_tokens = batch_size * host.count * 32
     assert most[0] >= all_tokens
     assert most[1] < all_tokens / 2
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "timm-naflex-learned", "transformers-CLIPVisionModel", "open_clip-tower"])
+def test_the_projection_works_for_the_kept_patches_alone(name):
+    """And for one patch of the blank image, all of which are alike: counted in operations of the forward."""
+    host, batch_size = ALL[name], 4
+    inputs, operations = host.inputs(batch_size), []
+    for model in both(host.build):
+        with FlopCounterMode(display=False) as counter:
+            result(host, model, inputs)
+        operations.append(counter.get_total_flops())
+    width, pixels = 32, 3 * 8 * 8
+    assert operations[0] - operations[1] == 2 * width * pixels * (batch_size * (host.count - host.count // 2) - 1)
 
 
 # What comes in between

@@ -128,6 +128,7 @@ class PixelStage:
         return [
             self.entry.register_forward_pre_hook(self.before_entry, with_kwargs=True),
             self.projection.register_forward_pre_hook(self.before_projection),
+            self.projection.register_forward_hook(self.after_projection),
         ]
 
     def before_entry(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
@@ -152,10 +153,28 @@ class PixelStage:
                 )
         return args, kwargs
 
-    def before_projection(self, module: nn.Module, args: Args) -> None:
-        """Forward pre-hook: what became of the blank image on its way."""
-        if self.images is not None:
-            self.blank = args[0]
+    def before_projection(self, module: nn.Module, args: Args) -> Args | None:
+        """Forward pre-hook: the patches of a blank image are all alike, so that one of them is enough."""
+        if self.images is None:
+            return None
+        self.blank = args[0]
+        if isinstance(module, nn.Linear):
+            return (self.blank[:, :1],)
+        one = (slice(None), slice(None), *(slice(side) for side in cast("Any", module).kernel_size))
+        return (self.blank[one],)
+
+    def after_projection(self, module: nn.Module, args: Args, output: Tensor) -> Tensor | None:
+        """Forward hook: what became of one patch, for all of them."""
+        if self.images is None or self.blank is None:
+            return None
+        if isinstance(module, nn.Linear):
+            return output.repeat(1, self.blank.shape[1], 1)
+        conv, sides = cast("Any", module), self.blank.shape[2:]
+        pads = (0,) * len(sides) if conv.padding == "valid" else conv.padding
+        axes = zip(sides, pads, conv.kernel_size, conv.stride, strict=True)
+        grid_size = [(side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in axes]
+        one = (slice(None), slice(None), *(slice(1) for _ in sides))
+        return output[one].repeat(1, 1, *grid_size)
 
     def arranged(self, images: Tensor) -> Tensor:
         """The input of the entry as it reaches the projection."""
