@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaussmask import GaussianPatchDropout, PatchDropout, RandomPatchDropout, keep_probability
 
@@ -343,3 +344,45 @@ def test_coords_of_another_count_than_the_patches_are_refused(rows):
 def test_tokens_that_are_no_tensor_are_named(x):
     with pytest.raises(TypeError, match=f"x must be a tensor of tokens, got {type(x).__name__}"):
         RandomPatchDropout(0.5)(x)
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of all operations, and the floating dtypes that they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.dtypes = [], set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            self.dtypes.add(output.dtype)
+        return output
+
+
+@every_drop
+def test_the_hot_path_gathers_once_and_never_sorts_waits_or_doubles(make):
+    """One index_select for prefix and kept rows, one draw, one top-k, and no look at a value: a GPU would wait."""
+    drop = make(0.75, num_prefix_tokens=1)
+    x = torch.randn(3, 1 + 196, 8, requires_grad=True)
+    with Operations() as forward:
+        kept = drop(x)
+    assert [forward.names.count(name) for name in ("index_select", "rand", "topk")] == [1, 1, 1]
+    forbidden = (
+        "sort",
+        "argsort",
+        "gather",
+        "index",
+        "nonzero",
+        "_local_scalar_dense",
+        "item",
+        "is_nonzero",
+        "_to_copy",
+    )
+    assert not set(forward.names) & set(forbidden)
+    assert forward.dtypes == {torch.float32}
+    with Operations() as backward:
+        kept.sum().backward()
+    assert backward.names.count("index_add") + backward.names.count("index_add_") == 1
+    assert not set(backward.names) & {"scatter", "scatter_add", "sort", "index_put"}
