@@ -9,7 +9,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint notebook hosts clean
+.PHONY: demo test lint notebook hosts bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/run_notebook.py --output build
@@ -39,6 +39,10 @@ $(READY): pyproject.toml
 # Write docs/hosts.md anew: three minutes.
 hosts: $(READY)
 	$(BIN)/python docs/write_hosts.py
+
+# Measure what dropping patches costs and saves on this machine, into build/benchmarks: leave it alone meanwhile.
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf build $(VENV)

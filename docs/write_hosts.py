@@ -63,6 +63,11 @@ patch dropout, in which the drop stands, or a hook on the module that returns th
 the tokens with one row for each, and loses the rows of the dropped patches too. A mean over tokens is a mean over the
 kept ones.
 
+*Pixels*: whether `attach(model, drop, stage="pixels")` can drop before the projection, as the family's tiny model is
+built. `tests/test_pixels.py` demands the draws, hidden states and gradients of stage "tokens" to 1e-10 of their largest
+value in float64. Models that are built with a norm or a stem in their patch embedding, or with dropout on their
+embeddings, raise (`describe` tells); so do calls with masked positions, or patches, of your own.
+
 ## What to know
 
 - **Heads.** Any model around these towers is masked as well, if it takes the class token, pools by mean or attention,
@@ -163,8 +168,8 @@ def masked_table(measured: dict[str, Measured]) -> str:
         tiny.setdefault(gaussmask.describe(model).family, model)
     tables = []
     for library in ("timm", "open_clip", "transformers"):
-        rows = [f"### {library}", "", "| family | models | error | always kept | seam | follows, notes |"]
-        rows.append("|---|---|---|---|---|---|")
+        rows = [f"### {library}", "", "| family | models | error | always kept | seam | pixels | follows, notes |"]
+        rows.append("|---|---|---|---|---|---|---|")
         for key, host in HOSTS.items():
             family = key.replace(".", " ")
             if not family.startswith(library):
@@ -174,7 +179,8 @@ def masked_table(measured: dict[str, Measured]) -> str:
             front = "as the model has" if callable(host.prefix) else str(host.prefix)
             always = f"{front} + {found.num_suffix_tokens} behind" if found.num_suffix_tokens else front
             notes = " ".join([*(f"{what}." for what in found.besides), found.note]).strip()
-            rows.append(f"| {family.split()[1]} | {models} | {error} | {always} | {seam} | {notes} |")
+            pixels = f"no: {found.pixels_reason}" if found.pixels_reason else f"yes {found.pixels_only}".strip()
+            rows.append(f"| {family.split()[1]} | {models} | {error} | {always} | {seam} | {pixels} | {notes} |")
         tables.append("\n".join(rows))
     return "\n\n".join(tables)
 
@@ -205,7 +211,7 @@ def parse(page: str) -> tuple[dict[str, Measured], str]:
     for line in page.partition("## Masked")[2].partition("## What")[0].splitlines():
         library = line[4:] if line.startswith("### ") else library
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if len(cells) == 6 and cells[0] not in ("family", "---"):
+        if len(cells) == 7 and cells[0] not in ("family", "---"):
             measured[f"{library} {cells[0]}"] = Measured(cells[1], cells[2])
     return measured, re.search(r"Measured with (.*)\.\n", page)[1]  # type: ignore[index]
 

@@ -497,10 +497,10 @@ REPRESENTATIVE = [
 OWN_POSITIONS = "positions differ from image to image"
 # Of all hosts of the tests those that cannot drop pixels, and why: known at attach, or by the call.
 NO_PIXELS_AT_ATTACH = {
-    "timm-hybrid": "pass through a StdConv2dSame",
-    "transformers-Aimv2VisionModel": "pass through a Aimv2RMSNorm",
-    "transformers-Aimv2VisionModel-native": "pass through a Aimv2RMSNorm",
-    "transformers-Ovis2Vision": "pass through a Ovis2RMSNorm",
+    "timm-hybrid": "pass through StdConv2dSame",
+    "transformers-Aimv2VisionModel": "pass through Aimv2RMSNorm",
+    "transformers-Aimv2VisionModel-native": "pass through Aimv2RMSNorm",
+    "transformers-Ovis2Vision": "pass through Ovis2RMSNorm",
     "transformers-Idefics2Vision": OWN_POSITIONS,
     "transformers-Idefics2Vision-padded": OWN_POSITIONS,
     "transformers-Idefics3Vision-padded": OWN_POSITIONS,

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 import gaussmask
 from gaussmask import GaussianPatchDropout, RandomPatchDropout, UnsupportedModelError
@@ -357,7 +358,7 @@ def grouped(model):
 
 CHANGES = {
     hooked: "carries hooks", parametrized: "is a Parametrized", with_dropout: r"dropout on its embeddings \(p=0.1\)",
-    adapted: "is a LowRank", normed: "pass through a LayerNorm", shadowed: "a forward of somebody else's",
+    adapted: "is a LowRank", normed: "pass through LayerNorm", shadowed: "a forward of somebody else's",
     dilated: r"dilation=\(2, 2\)", grouped: "groups=3",
 }  # fmt: skip
 
@@ -382,6 +383,36 @@ def test_obstacles_are_seen_after_attach(change):
     with pytest.raises(UnsupportedModelError, match=f"VisionTransformer cannot drop pixels: .*({reason})"):
         model(**x_images(2))
     gaussmask.attached(model).eval()
+
+
+class OwnEmbeddings(CLIPVisionEmbeddings):
+    """A subclass that makes more of a patch than the class does."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs).tanh()
+
+
+def of_a_class(model):
+    model.embeddings.__class__ = OwnEmbeddings
+
+
+def of_the_instance(model):
+    model.embeddings.forward = partial(OwnEmbeddings.forward, model.embeddings)
+
+
+@pytest.mark.parametrize("change", [of_a_class, of_the_instance], ids=lambda change: change.__name__)
+def test_code_of_somebody_elses_on_the_way_to_the_tokens(change):
+    model = ALL["transformers-CLIPVisionModel"].build()
+    change(model)
+    with pytest.raises(UnsupportedModelError, match="its forward is not the one of its library"):
+        gaussmask.attach(model, RandomPatchDropout(0.5), stage="pixels")
+    model = gaussmask.attach(make_timm(), RandomPatchDropout(0.5), stage="pixels")
+    model._pos_embed = partial(type(model)._pos_embed, model)
+    with pytest.raises(UnsupportedModelError, match="its _pos_embed is not the one of its library"):
+        model(**x_images(2))
+    model = make_timm()
+    model.patch_embed.forward = partial(type(model.patch_embed).forward, model.patch_embed)
+    assert "the forward of its PatchEmbed" in gaussmask.describe(model).pixels_reason
 
 
 def test_a_weight_that_is_no_plain_tensor():
@@ -427,6 +458,31 @@ def test_images_of_one_shape_pass_as_flattened_patches():
     inputs["spatial_shapes"] = torch.tensor([[6, 6], [4, 9], [6, 6]])
     with pytest.raises(UnsupportedModelError, match=OWN_POSITIONS):
         pixels(**inputs)
+
+
+def test_flattened_patches_without_a_padding_mask():
+    """Where the patches are drawn behind the embeddings, which saw one shape only."""
+    tokens, pixels = both(ALL["transformers-Siglip2VisionModel"].build)
+    inputs = {**ALL["transformers-Siglip2VisionModel"].inputs(3), "pixel_attention_mask": None}
+    outcomes = [model(**inputs).last_hidden_state for model in (tokens, pixels) if torch.manual_seed(3)]
+    assert outcomes[1].shape == (3, 18, 32)
+    assert difference(*outcomes[::-1]) < 1e-5
+
+
+def test_a_host_that_casts_its_images():
+    tokens, pixels = (model.bfloat16() for model in both(ALL["transformers-CLIPVisionModel"].build))
+    inputs = ALL["transformers-CLIPVisionModel"].inputs(3)
+    outcomes = [model(**inputs).pooler_output for model in (tokens, pixels) if torch.manual_seed(3)]
+    assert outcomes[0].dtype == outcomes[1].dtype == torch.bfloat16
+    assert difference(*outcomes[::-1]) < 0.1
+
+
+def test_images_that_a_host_changes_in_a_way_of_its_own():
+    """V-JEPA 2 repeats the frames of a clip that is too short."""
+    model = ALL["transformers-VJEPA2Model"].build()
+    gaussmask.attach(model, RandomPatchDropout(0.5), stage="pixels")
+    with pytest.raises(UnsupportedModelError, match="a way that gaussmask does not know"):
+        model(pixel_values_videos=torch.randn(2, 1, 3, 48, 48), skip_predictor=True)
 
 
 def test_nothing_of_a_forward_travels_or_stays():

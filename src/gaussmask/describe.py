@@ -30,6 +30,7 @@ class Description:
             every image has its own. A forward goes by the true grid of its input.
         kept: how many of these patches are kept, by mask_ratio.
         pixels_reason: why `attach(..., stage="pixels")` would raise, None if it would not.
+        pixels_only: which calls can drop pixels, "" for all.
         note: what else to know about this family.
     """
 
@@ -44,6 +45,7 @@ class Description:
     grid_size: tuple[int, ...] | None = None
     kept: dict[float, int] = field(default_factory=dict)
     pixels_reason: str | None = None
+    pixels_only: str = ""
     note: str = ""
 
     @property
@@ -68,10 +70,12 @@ class Description:
             "always kept": always or "no other tokens",
             "grid": grid,
             "patches kept": f"{kept} {patches}" if kept else "",
-            "pixels stage": "possible" if self.pixels_reason is None else f"no: {self.pixels_reason}",
+            "pixels stage": f"possible {self.pixels_only}"
+            if self.pixels_reason is None
+            else f"no: {self.pixels_reason}",
             "note": self.note,
         }
-        return "\n".join([f"{self.model}:", *(f"  {name:<13} {text}" for name, text in rows.items() if text)])
+        return "\n".join([f"{self.model}:", *(f"  {name:<13} {text}".rstrip() for name, text in rows.items() if text)])
 
 
 def describe(model: nn.Module) -> Description:
@@ -103,5 +107,6 @@ def describe(model: nn.Module) -> Description:
         grid_size=grid_size,
         kept=kept,
         pixels_reason=pixels if isinstance(pixels, str) else pixels.obstacle(),
+        pixels_only="" if isinstance(pixels, str) else pixels.only,
         note=place.host.note,
     )

@@ -27,6 +27,7 @@ from .hooks import UnsupportedModelError
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
+LIBRARIES = (__package__, "open_clip", "timm", "torch", "transformers")
 PROJECTIONS = (nn.Conv2d, nn.Conv3d, nn.Linear)
 # What may lie between a projection and the tokens besides: none of it changes them, or all of it is position.
 HARMLESS = ("Identity", "Embedding", "InterpolateInitialPositionEmbeddings")
@@ -54,7 +55,9 @@ class PixelStage:
 
     entry_path = ""  # below the host, of the module that is given the blank image
     within: tuple[str, ...] = ("",)  # paths, below the host, of the modules from the projection to the tokens
+    steps: tuple[str, ...] = ("forward",)  # methods of the host on the way from the image to the tokens
     projection_below = ""  # path of the projection, below the module that shows the grid
+    only = ""  # the calls that can drop pixels, where not all can
 
     def __init__(self, host: nn.Module, host_name: str, projection: str, drop: PatchDropout) -> None:
         self.host = host
@@ -75,8 +78,13 @@ class PixelStage:
         projection = self.host.get_submodule(self.projection_path)
         if reason := self.obstacle_in_projection(projection):
             return reason
+        for name in self.steps:
+            if _is_foreign(self.host, name):
+                return f"its {name} is not the one of its library, and gaussmask does not know what that does to tokens"
         for path in self.within:
             for module in self.host.get_submodule(path).modules():
+                if any(module.children()) and _is_foreign(module, "forward"):
+                    return f"the forward of its {type(module).__name__} is not the one of its library"
                 if isinstance(module, _DropoutNd):
                     if module.p > 0:
                         return (
@@ -89,7 +97,7 @@ class PixelStage:
                     or isinstance(module, PatchDropout)
                     or type(module).__name__ in HARMLESS
                 ):
-                    return f"its patches pass through a {type(module).__name__} besides their linear projection"
+                    return f"its patches pass through {type(module).__name__} besides their linear projection"
         return None
 
     def obstacle_in_projection(self, projection: nn.Module) -> str | None:
@@ -102,14 +110,14 @@ class PixelStage:
             return "its projection was replaced after attach: attach again"
         if "forward" in vars(projection) or any(_foreign_hooks(projection)):
             return "its projection carries hooks or a forward of somebody else's, which would not see the kept patches"
-        settings: Any = {} if kind is nn.Linear else vars(projection)
-        for name, plain in {
-            "groups": 1,
-            "dilation": (1,) * len(settings.get("dilation", ())),
-            "padding_mode": "zeros",
-        }.items():
-            if settings.get(name, plain) != plain:
-                return f"its projection has {name}={settings[name]!r}"
+        if kind is not nn.Linear:
+            conv: Any = projection
+            plain = {"groups": 1, "dilation": (1,) * len(conv.kernel_size), "padding_mode": "zeros"}
+            for name, value in plain.items():
+                if getattr(conv, name) != value:
+                    return f"its projection has {name}={getattr(conv, name)!r}"
+            if conv.padding == "same":
+                return "its projection has padding='same'"
         return None
 
     def check(self) -> None:
@@ -170,8 +178,7 @@ class PixelStage:
         if isinstance(module, nn.Linear):
             return output.repeat(1, self.blank.shape[1], 1)
         conv, sides = cast("Any", module), self.blank.shape[2:]
-        pads = (0,) * len(sides) if conv.padding == "valid" else conv.padding
-        axes = zip(sides, pads, conv.kernel_size, conv.stride, strict=True)
+        axes = zip(sides, _padding(conv), conv.kernel_size, conv.stride, strict=True)
         grid_size = [(side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in axes]
         one = (slice(None), slice(None), *(slice(1) for _ in sides))
         return output[one].repeat(1, 1, *grid_size)
@@ -237,9 +244,13 @@ class PixelStage:
         if images.ndim == 3:  # flattened patches (B, N, pixels)
             return take_drawn_tokens(images, keep_indices, 0)
         conv: Any = self.projection
-        if conv.padding != "valid" and any(conv.padding):
-            images = F.pad(images, [pad for pad in reversed(conv.padding) for _ in range(2)])
+        if any(_padding(conv)):
+            images = F.pad(images, [pad for pad in reversed(_padding(conv)) for _ in range(2)])
         return take_drawn_patches(images, keep_indices, conv.kernel_size, conv.stride)
+
+
+def _padding(conv: Any) -> tuple[int, ...]:
+    return (0,) * len(conv.kernel_size) if conv.padding == "valid" else conv.padding
 
 
 def project_patches(patches: Tensor, weight: Tensor) -> Tensor:
@@ -271,6 +282,12 @@ def _foreign_hooks(module: nn.Module) -> list[Any]:
     ]
 
 
+def _is_foreign(module: nn.Module, name: str) -> bool:
+    """Whether a method of a host was written by somebody else than its library, if it has one of that name at all."""
+    method = getattr(type(module), name, None)
+    return name in vars(module) or (method is not None and method.__module__.partition(".")[0] not in LIBRARIES)
+
+
 class FromProjection(PixelStage):
     """The projection itself is given the blank image, where the host takes its batch size from what comes out.
 
@@ -293,11 +310,13 @@ class FromConv1(FromProjection):
     """open_clip: nothing lies between the convolution and the tokens."""
 
     within: tuple[str, ...] = ("conv1",)
+    steps: tuple[str, ...] = ("_embeds", "forward")
 
 
 class FromPatchEmbed(FromProjection):
     """timm: `PatchEmbed`, whose tokens are dropped at once."""
 
+    steps: tuple[str, ...] = ("forward_features", "_pos_embed")
     within: tuple[str, ...] = ("patch_embed",)
     projection_below = "proj"
 
@@ -325,6 +344,8 @@ class Spectrograms(PixelStage):
 class OneShape(PixelStage):
     """Flattened patches (B, N, pixels) on grids of `spatial_shapes` (B, 2), which all have to be the same."""
 
+    only = "for batches of images of one shape"
+
     def others_for_one(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         shapes = args[0] if args else kwargs["spatial_shapes"]
         same, error = (shapes == shapes[:1]).all(), cannot_drop_pixels(self.host_name, OWN_POSITIONS)
@@ -339,6 +360,7 @@ class CutToPatches(PixelStage):
     """The module cuts images into flattened patches by itself, (C, p, q) or, `channels_last`, (p, q, C) each."""
 
     channels_last = False
+    only = "for images, and not for padded batches of patches"
 
     def arranged(self, images: Any) -> Tensor:
         if not isinstance(images, Tensor) or images.ndim != 4:
@@ -361,6 +383,7 @@ class CutToPatches(PixelStage):
 class Gemma4Images(CutToPatches):
     """timm: images in [0, 1] go to [-1, 1] on the way, so that the blank image brings the -1 into the table."""
 
+    steps: tuple[str, ...] = ("forward_features",)
     entry_path = "patch_embed"
     within: tuple[str, ...] = ("patch_embed",)
     projection_below = "input_proj"
@@ -372,6 +395,7 @@ class Gemma4Images(CutToPatches):
 class NaFlexImages(CutToPatches):
     """timm: images are padded to whole patches and cut, or convolved."""
 
+    steps: tuple[str, ...] = ("forward_features", "_forward_embeds")
     entry_path = "embeds"
     within: tuple[str, ...] = ("embeds",)
     projection_below = "proj"

@@ -1,0 +1,78 @@
+"""A group is what is compared with each other: built, warmed up, weighed, timed in turns, and torn down again."""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from memory import peak_mib
+from timing import Contender, clock_for, interleave, summarize, warm_up
+
+WARM_UP_ROUNDS = 3  # that the calls before the timing cost, roughly, with the one that measures memory
+COMPILE_SECONDS = 20.0  # that compiling one contender costs, roughly
+
+
+@dataclass(frozen=True)
+class Group:
+    """Contenders for the same job.
+
+    Args:
+        keys: what tells this group from the others; they are part of every row of the results.
+        build: makes the contenders. Called when the group comes to its turn, because models are large.
+        reference, baseline: contenders, see `timing.summarize`.
+        round_seconds: what a round may cost on 2 CPU cores; only the progress bar depends on it.
+        compiles: number of contenders to be compiled; likewise.
+    """
+
+    keys: Mapping[str, Any]
+    build: Callable[[], Sequence[Contender]]
+    reference: str
+    baseline: str
+    rounds: int
+    round_seconds: float
+    compiles: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.round_seconds * (self.rounds + WARM_UP_ROUNDS) + self.compiles * COMPILE_SECONDS
+
+    def __str__(self) -> str:
+        return " ".join(str(value) for value in self.keys.values())
+
+
+def run_group(group: Group, *, device: str, seed: int, advance: Callable[[float], object]) -> list[dict[str, Any]]:
+    """Measure a group.
+
+    Args:
+        seed: set before the group is built: of weights, inputs and masks.
+        advance: told now and then how many of the group's seconds have passed.
+
+    Returns:
+        A row per contender.
+    """
+    torch.manual_seed(seed)
+    contenders = group.build()
+    clock = clock_for(device)
+    before_timing = group.seconds - group.round_seconds * group.rounds
+    repeats, peaks = [], []
+    for contender in contenders:
+        repeats.append(warm_up(contender, clock))
+        peaks.append(peak_mib(contender.call, device))
+        advance(before_timing / len(contenders))
+    per_sample = group.round_seconds / len(contenders)
+    samples = interleave(contenders, repeats, group.rounds, clock, lambda: advance(per_sample))
+    records = summarize(samples, contenders, group.reference, group.baseline)
+    named = {**group.keys, "reference": group.reference, "baseline": group.baseline}
+    rows = [named | record | {"peak_mib": peak} for record, peak in zip(records, peaks, strict=True)]
+    del contenders, contender
+    _free()
+    return rows
+
+
+def _free() -> None:
+    """Models refer to themselves in circles, and compiled code outlives them."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

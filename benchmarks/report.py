@@ -1,0 +1,245 @@
+"""From results.json to tables and plots.
+
+    python benchmarks/report.py build/benchmarks/results.json
+    python benchmarks/report.py --pages benchmarks/README.md README.md
+
+The first writes results.md and the plots next to the file. The second puts every file of benchmarks/results into the
+pages, between `<!-- results: NAME -->` and `<!-- end -->`, where NAME.json is the file; NAME-summary is its upshot.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Results = dict[str, Any]
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(file: tyro.conf.Positional[Path | None] = None, pages: tuple[Path, ...] = ()) -> None:
+    """Render results again.
+
+    Args:
+        file: results.json of a run.
+        pages: to put the tables of benchmarks/results into.
+    """
+    if file is not None:
+        save_report(json.loads(file.read_text(encoding="utf-8")), file.parent)
+    for page in pages:
+        page.write_text(fill(page.read_text(encoding="utf-8"), committed()), encoding="utf-8")
+
+
+def committed() -> dict[str, str]:
+    """The text and the summary of every file of results that lies in the repository, by its name."""
+    found: dict[str, str] = {}
+    for file in sorted(RESULTS.glob("*.json")):
+        results = json.loads(file.read_text(encoding="utf-8"))
+        found |= {file.stem: text(results), f"{file.stem}-summary": summary(results)}
+    return found
+
+
+def save_report(results: Results, folder: Path) -> None:
+    """Write results.md, and a plot for every part."""
+    (folder / "results.md").write_text(f"# Benchmarks\n\n{text(results)}\n", encoding="utf-8")
+    for name, figure in plots(results).items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def text(results: Results) -> str:
+    """Everything in words: where it was measured and how, and a table for every part."""
+    rows = pd.DataFrame(results["rows"])
+    found = [machine_line(results)]
+    for part, make in (("layer", layer_table), ("step", step_table), ("clip", clip_table)):
+        if len(rows) and (rows["part"] == part).any():
+            found.append(make(rows[rows["part"] == part]))
+    if results["cuda"]:
+        found.append(markdown(pd.DataFrame(results["cuda"])))
+    return "\n\n".join(found)
+
+
+def summary(results: Results) -> str:
+    """Of part step: time in units of the ideal, for the largest model that was measured in eager mode."""
+    rows = pd.DataFrame(results["rows"])
+    rows = rows[(rows["part"] == "step") & (rows["mode"] == "eager")]
+    if not len(rows):
+        return ""
+    last = rows[rows["model"] == rows["model"].iloc[-1]]
+    last = last[~last["contender"].isin([last["reference"].iloc[0], last["baseline"].iloc[0]])]
+    head = f"{last['model'].iloc[0]}, batch {last['batch'].iloc[0]}, {last['dtype'].iloc[0]}"
+    table = last.assign(cell=[spread(row, "ratio") for row in last.itertuples()])
+    return pivot(table.rename(columns={"contender": head}), [head])
+
+
+def fill(page: str, named: dict[str, str]) -> str:
+    """`page` with every text between the markers of its name; other markers, and texts without markers, are left."""
+
+    def between(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"<!-- results: {name} -->\n\n{named[name]}\n\n<!-- end -->" if name in named else match[0]
+
+    return re.sub(r"<!-- results: (?P<name>\S+) -->\n.*?<!-- end -->", between, page, flags=re.DOTALL)
+
+
+def machine_line(results: Results) -> str:
+    """Where, when, and with what."""
+    machine, dtype = results["machine"], results["dtype"]
+    where = f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['instructions']}"
+    if machine["gpu"]:
+        where = f"{machine['gpu']}; {where}"
+    libraries = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    git = f", commit {results['git'][:12]}" if results["git"] else ""
+    return (
+        f"{where}, {machine['os']}. {libraries}{git}. {results['date'][:10]}, seed {results['seed']}. "
+        f"Training steps in {dtype['name']} ({dtype['reason']}). `{results['command']}`"
+    )
+
+
+def layer_table(rows: pd.DataFrame) -> str:
+    """Milliseconds, the multiple of the copy limit, and the speed-up over timm's layer, for every mode and dtype."""
+    texts = []
+    for (mode, dtype), of_mode in rows.groupby(["mode", "dtype"], sort=False):
+        cells = [
+            f"{row.ms:.3g} ms, {spread(row, 'ratio')}, {row.baseline} / {row.speed_up:.2f}"
+            for row in of_mode.itertuples()
+        ]
+        table = pivot(of_mode.assign(cell=cells), ["pass", "contender"])
+        texts.append(f"{of_mode['model'].iloc[0]}, {dtype}, {mode}:\n\n{table}")
+    return "\n\n".join(texts)
+
+
+def step_table(rows: pd.DataFrame) -> str:
+    """Time in units of the ideal, milliseconds and peak memory, for every mode."""
+    texts = []
+    for mode, of_mode in rows.groupby("mode", sort=False):
+        cells = [f"{spread(row, 'ratio')}, {row.ms:.3g} ms, {row.peak_mib:,.0f} MiB" for row in of_mode.itertuples()]
+        table = pivot(of_mode.assign(cell=cells), ["model", "batch", "contender"])
+        texts.append(f"{of_mode['dtype'].iloc[0]}, {mode}:\n\n{table}")
+    return "\n\n".join(texts)
+
+
+def clip_table(rows: pd.DataFrame) -> str:
+    """Images per second and what becomes of the ceiling."""
+    cells = [
+        {
+            "ratio": row.mask_ratio,
+            "method": row.contender,
+            "batch": row.batch,
+            "images/s": f"{row.images_per_s:.3g}",
+            "speed-up": spread(row, "speed_up"),
+            "ceiling": f"{row.ceiling:.2f}",
+            "peak above weights and moments": f"{row.peak_mib:,.0f} MiB",
+        }
+        for row in rows.itertuples()
+    ]
+    return markdown(pd.DataFrame(cells))
+
+
+def spread(row: Any, measure: str) -> str:
+    """Median and quartiles as text."""
+    middle, low, high = (getattr(row, measure + suffix) for suffix in ("", "_q25", "_q75"))
+    return f"{middle:.2f}×" if low == high else f"{middle:.2f}× ({low:.2f}–{high:.2f})"
+
+
+def pivot(rows: pd.DataFrame, index: list[str]) -> str:
+    """Each `cell` by `index` and mask ratio, both in the order in which they come."""
+    table = rows.set_index([*index, "mask_ratio"])["cell"].unstack("mask_ratio", sort=False)
+    return markdown(table.rename(columns=str).reset_index())
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Without the padding of the columns, which would change every line when one cell does."""
+    padded: str = table.to_markdown(index=False, disable_numparse=True)
+    return re.sub(r" {2,}\|", " |", re.sub(r":?-{3,}:?", "---", padded))
+
+
+def plots(results: Results) -> dict[str, Figure]:
+    """A figure for every part that was measured."""
+    rows = pd.DataFrame(results["rows"])
+    found = {}
+    for part, make in (("layer", plot_layer), ("step", plot_step), ("clip", plot_clip)):
+        if len(rows) and (rows["part"] == part).any():
+            found[part] = make(rows[rows["part"] == part])
+    return found
+
+
+def plot_layer(rows: pd.DataFrame) -> Figure:
+    """Time of forward and backward, by contender."""
+    rows = rows[rows["pass"] == "forward+backward"]
+    figure, panels = _panels(rows, "dtype")
+    for (dtype, mode), axes, of_panel in panels:
+        _bars(axes, of_panel, "ms")
+        axes.set(title=f"{dtype}, {mode}", ylabel="forward + backward (ms)", yscale="log")
+    return _legend(figure)
+
+
+def plot_step(rows: pd.DataFrame) -> Figure:
+    """Time of a training step in units of the ideal, by contender; the unmasked step would be off the chart."""
+    rows = rows[rows["contender"] != rows["baseline"]]
+    figure, panels = _panels(rows, "model")
+    for (model, mode), axes, of_panel in panels:
+        _bars(axes, of_panel, "ratio")
+        low = min(1.0, of_panel["ratio_q25"].min())
+        axes.set(title=f"{model}, batch {of_panel['batch'].iloc[0]}, {mode}", ylabel="time of a step / ideal")
+        axes.set_ylim(bottom=low - 0.05)
+        axes.axhline(1, color="black", linewidth=0.8)
+    return _legend(figure)
+
+
+def plot_clip(rows: pd.DataFrame) -> Figure:
+    """Speed-up over training without a mask, and the ceiling that the arithmetic sets."""
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    masked = rows[rows["contender"] != rows["baseline"]]
+    _bars(axes, masked, "speed_up", limit="ceiling")
+    axes.set(title=f"{rows['model'].iloc[0]}, {rows['dtype'].iloc[0]} (lines: ceiling)", ylabel="images/s / no mask")
+    return _legend(figure)
+
+
+def _legend(figure: Figure) -> Figure:
+    """One for all panels, below them."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize="small")
+    return figure
+
+
+def _panels(rows: pd.DataFrame, across: str) -> tuple[Figure, list[tuple[tuple[str, str], Axes, pd.DataFrame]]]:
+    """A grid of axes: a column for every value of `across`, a row for every mode."""
+    columns, modes = list(rows[across].unique()), list(rows["mode"].unique())
+    figure = Figure(figsize=(1 + 4 * len(columns), 3.3 * len(modes)), layout="constrained")
+    axes = figure.subplots(len(modes), len(columns), squeeze=False)
+    panels = []
+    for down, mode in enumerate(modes):
+        for right, column in enumerate(columns):
+            part = rows[(rows[across] == column) & (rows["mode"] == mode)]
+            if len(part):
+                panels.append(((column, mode), axes[down, right], part))
+    return figure, panels
+
+
+def _bars(axes: Axes, rows: pd.DataFrame, measure: str, limit: str | None = None) -> None:
+    """Bars of medians with the quartiles, side by side at each ratio; a line at each one's `limit`."""
+    names = list(rows["contender"].unique())
+    width = 0.9 / len(names)
+    for place, name in enumerate(names):
+        own = rows[rows["contender"] == name]
+        middle = own[measure]
+        spread = [middle - own[f"{measure}_q25"], own[f"{measure}_q75"] - middle]
+        x = [ratio + (place + 0.5) * width - 0.45 for ratio in range(len(own))]
+        axes.bar(x, middle, width, yerr=spread, label=name, error_kw={"linewidth": 0.8})
+        if limit is not None:
+            left, right = ([centre + side * width / 2 for centre in x] for side in (-1, 1))
+            axes.hlines(own[limit], left, right, color="black")
+    ratios = list(rows["mask_ratio"].unique())
+    axes.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
+    axes.set_xlabel("share of patches dropped")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

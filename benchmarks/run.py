@@ -1,0 +1,159 @@
+"""Measure what dropping patches costs and saves, on the machine at hand.
+
+    python benchmarks/run.py
+    python benchmarks/run.py --parts step --models vit_base_patch16_224 --modes eager --rounds 20
+    python benchmarks/run.py --quick
+
+It leaves in `--output`: `results.json` (written after every group, so that an interrupted run loses nothing),
+`results.md` (the tables) and plots. `--help` shows every option, benchmarks/README.md says what is measured.
+"""
+
+import datetime
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import part_clip
+import part_layer
+import part_step
+import sizes
+import torch
+import tyro
+from groups import Group, run_group
+from machine import describe_machine, git_commit, versions
+from precision import choose_dtype
+from report import save_report
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to measure, and how often.
+
+    Args:
+        parts: any of layer (the drop by itself), step (a training step of a ViT) and clip (CLIP training).
+        ratios: shares of the patches that are dropped.
+        modes: of part step: eager, compiled.
+        layer_modes: of part layer, likewise.
+        stages: of the drop in parts step and clip: tokens, pixels.
+        models: of part step; all of them if none is named.
+        unmasked: whether part step times the step on all patches too, which takes longer than all others together.
+        dtype: of parts step and clip: float32, bfloat16 (autocast), or auto for the faster of the two on this device.
+        rounds: of parts step and clip. Every contender is timed once per round.
+        layer_rounds: of part layer, whose calls are short.
+        memory_budget: GiB that part clip may fill with weights, gradients, moments and activations on a CPU; on a GPU
+            it takes nine tenths of the free memory.
+        seed: of weights, inputs and masks.
+        quick: tiny models and batches and few rounds, in eager mode: shows that everything runs, and measures nothing.
+        output: folder for the results.
+    """
+
+    parts: tuple[str, ...] = ("layer", "step", "clip")
+    ratios: tuple[float, ...] = (0.5, 0.75, 0.918)
+    modes: tuple[str, ...] = ("eager", "compiled")
+    layer_modes: tuple[str, ...] = ("eager",)
+    stages: tuple[str, ...] = ("tokens", "pixels")
+    models: tuple[str, ...] = ()
+    unmasked: bool = True
+    dtype: str = "auto"
+    rounds: int = 4
+    layer_rounds: int = 15
+    memory_budget: float = 5.0
+    seed: int = 0
+    quick: bool = False
+    output: Path = Path("build/benchmarks")
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+
+    def __post_init__(self) -> None:
+        known = {
+            "parts": ("layer", "step", "clip"),
+            "modes": ("eager", "compiled"),
+            "layer_modes": ("eager", "compiled"),
+            "stages": ("tokens", "pixels"),
+            "dtype": ("auto", "float32", "bfloat16"),
+        }
+        for name, choices in known.items():
+            value = getattr(self, name)
+            for choice in (value,) if isinstance(value, str) else value:
+                if choice not in choices:
+                    raise ValueError(f"{name} must be of {', '.join(choices)}, got {choice!r}")
+
+
+def quick(config: Config) -> Config:
+    """The same parts and stages as `config` in under a minute."""
+    once = ("eager",)
+    small = replace(config, ratios=(0.5, 0.918), modes=once, layer_modes=once, models=())
+    return replace(small, rounds=2, layer_rounds=2, memory_budget=0.005)
+
+
+def main(config: Config) -> None:
+    """Measure, group by group, and write the report."""
+    if config.quick:
+        config = quick(config)
+    size = sizes.QUICK if config.quick else sizes.CUDA if config.device == "cuda" else sizes.CPU
+    config.output.mkdir(parents=True, exist_ok=True)
+    dtype, reason = choose_dtype(config.dtype, config.device)
+    results: dict[str, Any] = {
+        "machine": describe_machine(config.device),
+        "versions": versions(),
+        "dtype": {"name": str(dtype).removeprefix("torch."), "reason": reason},
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "seed": config.seed,
+        "git": git_commit(),
+        "config": asdict(config) | {"output": config.output.name},
+        "rows": [],
+        "cuda": [],
+    }
+    groups = plan(config, size, dtype)
+    layout = "{l_bar}{bar}| {elapsed}, {remaining} left"
+    total = sum(group.seconds for group in groups)
+    with tqdm(total=total, file=sys.stdout, bar_format=layout) as bar:
+
+        def advance(seconds: float) -> None:
+            bar.update(min(seconds, total - bar.n))  # sums of floats may pass the total
+
+        for group in groups:
+            bar.set_description(str(group))
+            results["rows"] += run_group(group, device=config.device, seed=config.seed, advance=advance)
+            save(results, config.output / "results.json")
+    if config.device == "cuda" and "layer" in config.parts:
+        from drop_on_cuda import check_drop
+
+        for mask_ratio in tqdm(config.ratios, desc="the drop on the GPU", file=sys.stdout):
+            results["cuda"].append(check_drop(size, mask_ratio, dtype, config.rounds))
+            save(results, config.output / "results.json")
+    save_report(results, config.output)
+    print(f"left in {config.output}: {', '.join(sorted(path.name for path in config.output.iterdir()))}")
+
+
+def plan(config: Config, size: sizes.Sizes, dtype: torch.dtype) -> list[Group]:
+    """All groups, in the order in which they are measured."""
+    if config.models:
+        size = replace(size, step=tuple(model for model in size.step if model.name in config.models))
+    budget_mib = None if config.device == "cuda" else config.memory_budget * 1024
+    ratios, device = config.ratios, config.device
+    groups = []
+    rounds, layer_rounds, modes, layer_modes = config.rounds, config.layer_rounds, config.modes, config.layer_modes
+    if "layer" in config.parts:
+        groups += part_layer.groups(size, ratios=ratios, modes=layer_modes, device=device, rounds=layer_rounds)
+    training: dict[str, Any] = {"ratios": ratios, "stages": config.stages, "device": device, "dtype": dtype}
+    if "step" in config.parts:
+        groups += part_step.groups(size, **training, modes=modes, unmasked=config.unmasked, rounds=rounds)
+    if "clip" in config.parts:
+        groups += part_clip.groups(size, **training, budget_mib=budget_mib, rounds=rounds)
+    return groups
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    """Replace the file at once, so that it is whole whenever the run is interrupted."""
+    fresh = path.with_suffix(".part")
+    fresh.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

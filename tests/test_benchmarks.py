@@ -1,0 +1,238 @@
+"""The benchmarks run, compare like with like, and report what they measured. Nothing here looks at a time."""
+
+import functools
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import part_clip
+import part_layer
+import part_step
+import report
+import sizes
+from arithmetic import Tower, clip_ceiling
+from memory import peak_mib
+from precision import choose_dtype
+from run import Config, main
+from timing import Contender, HostClock, interleave, summarize
+
+from gaussmask.functional import num_kept_patches
+
+BENCHMARKS = Path(report.__file__).parent
+STAGES = ("tokens", "pixels")
+GROUP = ["part", "model", "dtype", "mask_ratio", "mode", "pass"]
+MASKED = {f"gaussmask {stage}" for stage in STAGES}
+CONTENDERS = {
+    "layer": set(part_layer.layers(0.5, 4)),
+    "step": {"unmasked", "timm patch_drop_rate", "ideal"} | MASKED,
+    "clip": {"no mask"} | MASKED,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a quick run leaves behind."""
+    output = tmp_path_factory.mktemp("benchmarks")
+    main(Config(quick=True, output=output, device="cpu"))
+    return output
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.xdist_group("benchmarks")
+def test_a_run_leaves_the_figures_the_tables_and_the_plots(folder, results):
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"results.json", "results.md", "layer.png", "step.png", "clip.png"}
+    assert set(results) >= {"machine", "versions", "date", "command", "seed", "git", "config", "dtype", "rows"}
+    figures = [value for row in results["rows"] for value in row.values() if isinstance(value, int | float)]
+    assert all(math.isfinite(figure) for figure in figures)
+    assert (folder / "results.md").read_text(encoding="utf-8").count("gaussmask tokens") > 0
+
+
+@pytest.mark.xdist_group("benchmarks")
+def test_every_contender_is_in_every_group(results):
+    def key(row):
+        return [str(row[name]) for name in GROUP]
+
+    groups = {tuple(k): list(rows) for k, rows in itertools.groupby(sorted(results["rows"], key=key), key=key)}
+    assert {name[0] for name in groups} == set(CONTENDERS)
+    for name, rows in groups.items():
+        assert {row["contender"] for row in rows} == CONTENDERS[name[0]]
+        assert len(rows) == len(CONTENDERS[name[0]])
+        own = {row["contender"]: row for row in rows}
+        assert {own[row["reference"]][f"ratio{end}"] for row in rows for end in ("", "_q25", "_q75")} == {1}
+        assert {own[row["baseline"]]["speed_up"] for row in rows} == {1}
+        for row in rows:
+            assert 0 < row["ms_q25"] <= row["ms"] <= row["ms_q75"]
+            assert row["rounds"] == 2
+            assert row["peak_mib"] > 0
+
+
+@pytest.mark.xdist_group("benchmarks")
+def test_texts_go_between_the_markers_of_a_page_and_nowhere_else(results):
+    page = "# Page\n\n<!-- results: cpu -->\nold\n<!-- end -->\n\n<!-- results: cuda -->\nkept\n<!-- end -->\nbehind\n"
+    filled = report.fill(page, {"cpu": report.text(results), "other": "nowhere"})
+    assert filled == page.replace("\nold\n", f"\n\n{report.text(results)}\n\n")
+    assert report.fill(filled, {"cpu": report.text(results)}) == filled
+    contenders = set().union(*CONTENDERS.values())
+    assert all(f"| {contender} |" in filled for contender in contenders)
+
+
+def test_the_pages_show_the_figures_that_lie_in_the_repository():
+    texts = report.committed()
+    assert texts
+    pages = [(folder / "README.md").read_text(encoding="utf-8") for folder in (BENCHMARKS, BENCHMARKS.parent)]
+    for page in pages:
+        assert page == report.fill(page, texts), (
+            "run `python benchmarks/report.py --pages benchmarks/README.md README.md`"
+        )
+    named = [name for name in texts if not name.endswith("-summary")]
+    assert all(f"<!-- results: {name} -->" in pages[0] for name in named)
+    assert "<!-- results: cpu-step-summary -->" in pages[1]
+
+
+@pytest.mark.parametrize("mask_ratio", [0.5, 0.75, 0.9, 0.918])
+def test_the_layers_do_the_same_job(mask_ratio):
+    x = torch.randn(3, 1 + 100, 8)
+    kept = {num_kept_patches(100, mask_ratio), int(100 * (1 - mask_ratio))}  # timm and open_clip round down
+    for name, layer in part_layer.layers(mask_ratio, 100).items():
+        out = layer.train()(x)
+        assert out.shape[::2] == (3, 8)
+        assert out.shape[1] - 1 in kept, name
+        torch.testing.assert_close(out[:, 0], x[:, 0], rtol=0, atol=0)
+        same = (out[:, :, None] == x[:, None]).all(-1)
+        assert (same.sum(2) == 1).all(), name  # each a row of x, of its own image
+        assert same.sum(1).max() == 1, name  # and none twice
+
+
+@pytest.mark.parametrize("mask_ratio", [0.5, 0.918])
+def test_the_blocks_of_the_ideal_get_as_many_tokens_as_masked_ones(mask_ratio):
+    seen = {}
+    for name, job in part_step.jobs(sizes.QUICK.step[0], mask_ratio, STAGES, "cpu").items():
+        vit = getattr(job.model, "vit", job.model)
+        vit.blocks[0].register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].shape}))
+        part_step.training_step(job, dtype=torch.float32, compiled=False)()
+        assert job.inputs.grad is None
+        assert all(p.grad is None for p in job.model.parameters())
+    whole, masked = (4, 17, 32), (4, 1 + num_kept_patches(16, mask_ratio), 32)
+    assert seen.pop("unmasked") == whole
+    assert seen.keys() == CONTENDERS["step"] - {"unmasked"}
+    assert set(seen.values()) == {masked}
+    without = part_step.jobs(sizes.QUICK.step[0], mask_ratio, STAGES, "cpu", unmasked=False)
+    assert without.keys() == CONTENDERS["step"] - {"unmasked"}
+
+
+def test_a_compiled_step_trains(monkeypatch):
+    """As far as the tracing goes; the compiler behind it takes long."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    for job in part_step.jobs(sizes.QUICK.step[0], 0.5, STAGES, "cpu").values():
+        weight = getattr(job.model, "vit", job.model).head.weight
+        before = weight.detach().clone()
+        part_step.training_step(job, dtype=torch.float32, compiled=True)()
+        assert not torch.equal(weight, before)
+
+
+class Hours:
+    """Contenders whose calls take as long as they are told, in a world that gets slower from round to round."""
+
+    def __init__(self):
+        self.now, self.order, self.slowness = 0.0, [], 1.0
+
+    def contender(self, name, seconds, batch=1):
+        def call():
+            self.order.append(name)
+            self.now += seconds * self.slowness
+
+        return Contender(name, call, batch)
+
+    def slow_down(self):
+        self.slowness *= 2
+
+
+def test_rounds_rotate_and_ratios_are_formed_within_them():
+    world = Hours()
+    contenders = [world.contender("a", 1), world.contender("b", 3), world.contender("c", 2, batch=4)]
+    after = itertools.count(1)
+    samples = interleave(
+        contenders, [1, 1, 2], 4, HostClock(lambda: world.now), lambda: next(after) % 3 or world.slow_down()
+    )
+    assert "".join(world.order) == "abcc" + "bcca" + "ccab" + "abcc"
+    assert samples["a"].tolist() == [1000, 2000, 4000, 8000]
+    rows = {row["contender"]: row for row in summarize(samples, contenders, reference="a", baseline="b")}
+    assert {rows["a"][f"ratio{end}"] for end in ("", "_q25", "_q75")} == {1}
+    assert {rows["b"][f"ratio{end}"] for end in ("", "_q25", "_q75")} == {3}
+    assert rows["c"]["ratio"] == 0.5
+    assert rows["c"]["speed_up"] == 6
+    assert rows["c"]["rounds"] == 4
+    assert rows["b"]["ms"] == 9000
+    assert rows["c"]["images_per_s"] == 4 / 6
+
+
+def test_peak_memory_of_a_known_pattern():
+    lay_there = [torch.empty(2**20)]
+
+    def allocate():
+        first = torch.empty(10 * 2**18)
+        second = torch.empty(20 * 2**18)
+        del first
+        third = torch.empty(15 * 2**18)
+        return second, third
+
+    assert peak_mib(allocate, "cpu") == pytest.approx(35, abs=0.01)
+    assert peak_mib(allocate, "cpu") == pytest.approx(35, abs=0.01)  # what came before does not count
+    assert peak_mib(lambda: lay_there, "cpu") == 0
+
+
+def test_peak_memory_counts_a_backward():
+    x = torch.randn(2**18, requires_grad=True)  # 1 MiB
+
+    def square():
+        torch.autograd.grad(x.exp().sum(), x)
+
+    assert peak_mib(square, "cpu") == pytest.approx(2, abs=0.01)  # what exp saves, and the gradient
+
+
+def test_the_ceiling_is_that_of_the_arithmetic():
+    with torch.device("meta"):
+        image, text = part_clip.CLIP(sizes.CPU).towers
+    assert (image, text) == (Tower(197, 768, 12, 196, 768), Tower(77, 512, 12))
+    dropped = [196 - num_kept_patches(196, ratio) for ratio in (0.5, 0.75, 0.918)]
+    tokens, pixels = ([clip_ceiling(image, text, dropped=n, stage=stage) for n in dropped] for stage in STAGES)
+    assert [round(ceiling, 2) for ceiling in tokens] == [1.76, 2.78, 4.52]
+    assert all(above < ceiling < 1.03 * above for above, ceiling in zip(tokens, pixels, strict=True))
+
+
+@pytest.mark.parametrize(("gradients", "budget"), [(10, 1000), (400, 1000), (10, 24)])
+def test_the_largest_batch_fills_the_budget_and_no_more(gradients, budget):
+    asked = []
+
+    def peak(batch):
+        asked.append(batch)
+        return max(gradients + batch, 7 * batch)  # gradients outweigh the activations of a small batch
+
+    batch = part_clip.largest_batch(peak, budget)
+    assert peak(batch) <= budget < peak(math.ceil(1.02 * batch) + 1)
+    assert all(after <= 2 * before for before, after in itertools.pairwise(asked[1:]))
+    with pytest.raises(ValueError, match="batch 2"):
+        part_clip.largest_batch(peak, 9)
+
+
+def test_the_dtype_comes_with_its_reason():
+    assert choose_dtype("bfloat16", "cpu") == (torch.bfloat16, "as asked for")
+    dtype, reason = choose_dtype("auto", "cpu")
+    assert dtype in (torch.float32, torch.bfloat16)
+    assert "times as long as in float32" in reason
+
+
+def test_an_unknown_part_is_named():
+    with pytest.raises(ValueError, match="'layers'"):
+        Config(parts=("layers",))
