@@ -477,10 +477,7 @@ COMPILED = [
     "transformers-VJEPA2ForVideoClassification", "transformers-YolosModel", "transformers-RadioModel",
     "transformers-VivitModel",
 ]  # fmt: skip
-COMPILED_WITH_PIXELS = [  # one for every way in which the image goes in
-    "timm-vit", "timm-relpos", "timm-naflex-learned", "timm-gemma4", "transformers-CLIPModel",
-    "transformers-RadioModel", "transformers-VJEPA2ForVideoClassification",
-]  # fmt: skip
+COMPILED_WITH_PIXELS = ["timm-vit", "timm-naflex-learned", "transformers-CLIPModel", "transformers-RadioModel"]
 SAVED = [
     "transformers-CLIPModel", "transformers-DINOv3ViTModel", "transformers-TimmWrapperModel",
     "transformers-BeitModel", "transformers-MLCDVisionModel", "transformers-VJEPA2ForVideoClassification",

@@ -310,7 +310,7 @@ class FromConv1(FromProjection):
     """open_clip: nothing lies between the convolution and the tokens."""
 
     within: tuple[str, ...] = ("conv1",)
-    steps: tuple[str, ...] = ("_embeds", "forward")
+    steps: tuple[str, ...] = ("_embeds",)
 
 
 class FromPatchEmbed(FromProjection):
