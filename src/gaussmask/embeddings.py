@@ -6,9 +6,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from .functional import patch_coordinates
-from .hooks import Argument, UnsupportedModelError
-from .pixels import (
+from .entries import (
     OWN_POSITIONS,
     PACKED,
     FromPatchEmbed,
@@ -16,8 +14,10 @@ from .pixels import (
     FromPatchProjection,
     Gemma4Images,
     OneShape,
-    PixelStage,
 )
+from .functional import patch_coordinates
+from .hooks import Argument, UnsupportedModelError
+from .pixels import PixelStage
 from .seams import Place, Seam, own_grids
 from .slots import TimmSeam
 

@@ -32,8 +32,8 @@ from .embeddings import (
     TimmHookSeam,
     UnfoldSeam,
 )
+from .entries import Spectrograms, Videos
 from .hooks import UnsupportedModelError
-from .pixels import Spectrograms, Videos
 from .refusals import reason_against, reason_against_owner
 from .seams import Beside, Host, Place, Seam
 from .slots import NaFlexSeam, TimmSeam, TimmTupleSeam

@@ -10,19 +10,18 @@ makes a token more than such a sum (a norm, dropout, positions that differ from 
 """
 
 import inspect
-import math
 from typing import Any, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
 from .dropout import PatchDropout
-from .functional import take_drawn_patches, take_drawn_tokens, token_indices
+from .functional import take_drawn_tokens, token_indices
 from .hooks import UnsupportedModelError
+from .patches import take_drawn_patches
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -34,9 +33,6 @@ HARMLESS = ("Identity", "Embedding", "InterpolateInitialPositionEmbeddings")
 
 # The hook by which transformers turns the gradients of embeddings on for checkpointing and adapters.
 GRADIENTS_ON = "make_inputs_require_grads"
-
-OWN_POSITIONS = "its positions differ from image to image, so that one table cannot hold them"
-PACKED = "it packs images of many sizes into one sequence"
 
 
 def cannot_drop_pixels(host_name: str, reason: str) -> UnsupportedModelError:
@@ -286,137 +282,3 @@ def _is_foreign(module: nn.Module, name: str) -> bool:
     """Whether a method of a host was written by somebody else than its library, if it has one of that name at all."""
     method = getattr(type(module), name, None)
     return name in vars(module) or (method is not None and method.__module__.partition(".")[0] not in LIBRARIES)
-
-
-class FromProjection(PixelStage):
-    """The projection itself is given the blank image, where the host takes its batch size from what comes out.
-
-    So whatever the host does to an image before, as padding it, is done to the whole batch by the host itself.
-    """
-
-    @property
-    def entry(self) -> nn.Module:
-        return self.projection
-
-
-class FromPatchProjection(FromProjection):
-    """RADIO: its module cuts the images into flattened patches, and projects them."""
-
-    within: tuple[str, ...] = ("patch_projection",)
-    projection_below = "patch_projection"
-
-
-class FromConv1(FromProjection):
-    """open_clip: nothing lies between the convolution and the tokens."""
-
-    within: tuple[str, ...] = ("conv1",)
-    steps: tuple[str, ...] = ("_embeds",)
-
-
-class FromPatchEmbed(FromProjection):
-    """timm: `PatchEmbed`, whose tokens are dropped at once."""
-
-    steps: tuple[str, ...] = ("forward_features", "_pos_embed")
-    within: tuple[str, ...] = ("patch_embed",)
-    projection_below = "proj"
-
-
-class FromPatchEmbedAndDropout(FromPatchEmbed):
-    """timm: `PatchEmbed`, and the dropout behind its tokens and their positions."""
-
-    within: tuple[str, ...] = ("patch_embed", "pos_drop")
-
-
-class Videos(PixelStage):
-    """(B, T, C, H, W), which comes to the projection as (B, C, T, H, W)."""
-
-    def arranged(self, images: Tensor) -> Tensor:
-        return images.transpose(1, 2)
-
-
-class Spectrograms(PixelStage):
-    """(B, time, frequency), which comes to the projection as (B, 1, frequency, time)."""
-
-    def arranged(self, images: Tensor) -> Tensor:
-        return rearrange(images, "b time frequency -> b 1 frequency time")
-
-
-class OneShape(PixelStage):
-    """Flattened patches (B, N, pixels) on grids of `spatial_shapes` (B, 2), which all have to be the same."""
-
-    only = "for batches of images of one shape"
-
-    def others_for_one(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        shapes = args[0] if args else kwargs["spatial_shapes"]
-        same, error = (shapes == shapes[:1]).all(), cannot_drop_pixels(self.host_name, OWN_POSITIONS)
-        if torch.compiler.is_compiling() or not shapes.is_cpu:
-            torch._assert_async(same, str(error))  # no synchronisation
-        elif not same:
-            raise error
-        return ((shapes[:1],), {}) if args else ((), {"spatial_shapes": shapes[:1]})
-
-
-class CutToPatches(PixelStage):
-    """The module cuts images into flattened patches by itself, (C, p, q) or, `channels_last`, (p, q, C) each."""
-
-    channels_last = False
-    only = "for images, and not for padded batches of patches"
-
-    def arranged(self, images: Any) -> Tensor:
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            raise cannot_drop_pixels(self.host_name, f"it was given patches, not images (B, C, H, W): {OWN_POSITIONS}")
-        return images
-
-    def shape_at_projection(self, images: Tensor) -> tuple[int, ...]:
-        grid = [side // patch for side, patch in zip(images.shape[2:], self.patch_size, strict=True)]
-        return math.prod(grid), images.shape[1] * math.prod(self.patch_size)
-
-    def kept_patches(self, images: Tensor, keep_indices: Tensor) -> Tensor:
-        patches = take_drawn_patches(images, keep_indices, self.patch_size, self.patch_size)
-        return (patches.movedim(2, -1) if self.channels_last else patches).flatten(2)
-
-    @property
-    def patch_size(self) -> tuple[int, ...]:
-        return tuple(cast("Any", self.entry).patch_size)
-
-
-class Gemma4Images(CutToPatches):
-    """timm: images in [0, 1] go to [-1, 1] on the way, so that the blank image brings the -1 into the table."""
-
-    steps: tuple[str, ...] = ("forward_features",)
-    entry_path = "patch_embed"
-    within: tuple[str, ...] = ("patch_embed",)
-    projection_below = "input_proj"
-
-    def kept_patches(self, images: Tensor, keep_indices: Tensor) -> Tensor:
-        return 2 * super().kept_patches(images, keep_indices)
-
-
-class NaFlexImages(CutToPatches):
-    """timm: images are padded to whole patches and cut, or convolved."""
-
-    steps: tuple[str, ...] = ("forward_features", "_forward_embeds")
-    entry_path = "embeds"
-    within: tuple[str, ...] = ("embeds",)
-    projection_below = "proj"
-
-    def arranged(self, images: Any) -> Tensor:
-        images = super().arranged(images)
-        if not cast("Any", self.entry).dynamic_img_pad:
-            return images
-        missing = [-side % patch for side, patch in zip(images.shape[2:], self.patch_size, strict=True)]
-        return F.pad(images, (0, missing[1], 0, missing[0]))
-
-    def shape_at_projection(self, images: Tensor) -> tuple[int, ...]:
-        if isinstance(self.projection, nn.Linear):
-            return super().shape_at_projection(images)
-        return PixelStage.shape_at_projection(self, images)
-
-    def kept_patches(self, images: Tensor, keep_indices: Tensor) -> Tensor:
-        if isinstance(self.projection, nn.Linear):
-            return super().kept_patches(images, keep_indices)
-        return PixelStage.kept_patches(self, images, keep_indices)
-
-    @property
-    def channels_last(self) -> bool:  # type: ignore[override]
-        return getattr(self.entry, "channels_last", True)  # as always in timm before 1.0.2x

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .dropout import PatchDropout
+from .entries import FromConv1
 from .functional import take_drawn_tokens
 from .hooks import Draw, UnsupportedModelError
-from .pixels import FromConv1, PixelStage, cannot_drop_pixels
+from .pixels import PixelStage, cannot_drop_pixels
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .entries import FromPatchEmbedAndDropout, NaFlexImages
 from .hooks import UnsupportedModelError
-from .pixels import FromPatchEmbedAndDropout, NaFlexImages, PixelStage
+from .pixels import PixelStage
 from .seams import Place, Seam, own_grids
 
 

@@ -1,0 +1,94 @@
+"""Cutting patches out of images, the kept ones alone."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .validation import check_axes, check_images, check_keep_indices
+
+
+def take_drawn_patches(
+    images: Tensor, keep_indices: Tensor, patch_size: Sequence[int], stride: Sequence[int]
+) -> Tensor:
+    """`take_patches` for indices that this library drew, which need no check."""
+    batch_size, channels, *sides = images.shape
+    grid_size = [(side - patch) // step + 1 for side, patch, step in zip(sides, patch_size, stride, strict=True)]
+    places: list[Tensor] = []  # the (y, x) of every kept patch, each (B, K)
+    rest = keep_indices
+    for count in reversed(grid_size):
+        places.insert(0, rest % count)
+        rest = rest // count
+    batch = torch.arange(batch_size, device=images.device).unsqueeze(1)
+    if torch.compiler.is_compiling() or (images.requires_grad and torch.is_grad_enabled()) or images.numel() == 0:
+        windows = images
+        for axis, (patch, step) in enumerate(zip(patch_size, stride, strict=True), start=2):
+            windows = windows.unfold(axis, patch, step)  # in the end a view (B, C, *grid, *patch)
+        chosen: tuple[Any, ...] = (batch, slice(None), *places)
+        return windows[chosen]
+
+    # The same, but several times faster: a patch is made of runs of pixels that lie one behind the other in memory. A
+    # run is a row of an overlapping view, and the rows of all patches are taken by one index_select.
+    channels_last = images.stride(1) == 1 and images.stride(-1) == channels > 1
+    if not channels_last and images.stride(-1) != 1:
+        images = images.contiguous()
+    of_image, of_channel, *of_pixel = images.stride()
+    outer, run = list(zip(patch_size[:-1], of_pixel[:-1], strict=True)), [patch_size[-1]]
+    if channels_last:
+        run.append(channels)
+    else:
+        outer.insert(0, (channels, of_channel))
+    first = batch * of_image
+    for place, step, distance in zip(places, stride, of_pixel, strict=True):
+        first = first + place * (step * distance)
+    for count, distance in outer:
+        first = first.unsqueeze(-1) + torch.arange(count, device=images.device) * distance
+    length = 1 + sum((side - 1) * distance for side, distance in zip(images.shape, images.stride(), strict=True))
+    runs = images.as_strided((length - math.prod(run) + 1, math.prod(run)), (1, 1))
+    patches = runs.index_select(0, first.flatten()).view(*first.shape, *run)
+    return patches.movedim(-1, 2) if channels_last else patches
+
+
+def take_patches(
+    images: Tensor, keep_indices: Tensor, patch_size: int | Sequence[int], stride: int | Sequence[int] | None = None
+) -> Tensor:
+    """The pixels of the kept patches, to be projected without the others: dropping before the embedding.
+
+    With a convolution of kernel and stride `patch_size` as the embedding, `F.linear(patches.flatten(2),
+    conv.weight.flatten(1), conv.bias)` are its outputs (B, K, D) for the kept patches.
+
+    Args:
+        images: (B, C, H, W), or videos (B, C, T, H, W); any dtype and memory layout.
+        keep_indices: (B, K) int64, counted over the N patches row by row, in any order.
+        patch_size: (p, q), or (t, p, q) of a video; an int is the same for all axes.
+        stride: distance from patch to patch; None is the `patch_size`. Pixels that fill no patch are left out, as a
+            convolution does.
+
+    Returns:
+        (B, K, C, p, q), or (B, K, C, t, p, q).
+
+    Raises:
+        ValueError, TypeError: for `images` or a patch of another rank, or a patch larger than the image; for
+            `keep_indices` as in `take_tokens`.
+    """
+    check_images(images)
+    num_axes = images.ndim - 2
+    patch_size = check_axes("patch_size", patch_size, num_axes)
+    stride = patch_size if stride is None else check_axes("stride", stride, num_axes)
+    if any(side < patch for side, patch in zip(images.shape[2:], patch_size, strict=True)):
+        raise ValueError(f"patch_size={tuple(patch_size)} is larger than images of shape {tuple(images.shape)}")
+    check_keep_indices(keep_indices, len(images))
+    sides = zip(images.shape[2:], patch_size, stride, strict=True)
+    num_patches = math.prod([(side - patch) // step + 1 for side, patch, step in sides])
+    inside = ((keep_indices >= 0) & (keep_indices < num_patches)).all()
+    if keep_indices.is_cpu and not torch.compiler.is_compiling():
+        if not inside:
+            raise ValueError(
+                f"keep_indices must lie in [0, {num_patches}), got values from {keep_indices.min()} to "
+                f"{keep_indices.max()}"
+            )
+    else:
+        torch._assert_async(inside, f"keep_indices must lie in [0, {num_patches})")
+    return take_drawn_patches(images, keep_indices, patch_size, stride)
