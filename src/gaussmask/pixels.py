@@ -40,7 +40,9 @@ def cannot_drop_pixels(host_name: str, reason: str) -> UnsupportedModelError:
 
 
 class PixelStage:
-    """The embedding module of a host is given a blank image, and its projection is a convolution.
+    """How a host drops pixels: in this class, an embedding module that is given the blank image itself.
+
+    `entries` has the other ways in.
 
     Args:
         host: the host, which is also what is given the blank image.
