@@ -5,6 +5,7 @@ labels with the class names and prompt templates that belong to them.
 """
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,7 @@ from typing import Any
 import captioned_scenes
 import torch
 import torchvision
-import webdataset
-from PIL import Image
+from clip_shards import RawSample, Sample, expand, parse, raw_samples
 from torch import Tensor
 from torchvision.transforms import v2 as transforms
 from tqdm import tqdm
@@ -32,6 +32,7 @@ class CaptionedImages(torch.utils.data.Dataset[Any]):
         labels: (N,) int64 into `classnames`, or None.
         classnames: names of the classes, for the zero-shot classifier.
         templates: prompts with one `{}` for the class name.
+        all_captions: every caption of each image, where an image has several; `captions` are the first ones.
     """
 
     images: Tensor
@@ -39,6 +40,7 @@ class CaptionedImages(torch.utils.data.Dataset[Any]):
     labels: Tensor | None = None
     classnames: Sequence[str] = ()
     templates: Sequence[str] = tuple(TEMPLATES)
+    all_captions: Sequence[Sequence[str]] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -46,7 +48,13 @@ class CaptionedImages(torch.utils.data.Dataset[Any]):
     def head(self, count: int) -> "CaptionedImages":
         """The first `count` of them."""
         labels = None if self.labels is None else self.labels[:count]
-        return replace(self, images=self.images[:count], captions=self.captions[:count], labels=labels)
+        return replace(
+            self,
+            images=self.images[:count],
+            captions=self.captions[:count],
+            labels=labels,
+            all_captions=self.all_captions[:count],
+        )
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         return self.images[index], self.captions[index]
@@ -88,7 +96,7 @@ def load_shards(
     templates: Sequence[str] = tuple(TEMPLATES),
     limit: int | None = None,
 ) -> CaptionedImages:
-    """WebDataset shards (`KEY.jpg`, `KEY.txt` and, for zero-shot evaluation, `KEY.cls`), by path, URL or brace pattern.
+    """WebDataset shards as described in clip_shards.py, by path, URL or pattern; broken samples are left out.
 
     Args:
         shards: for example `"cc3m-{00000..00009}.tar"` or `"https://.../{000..012}.tar"`.
@@ -97,19 +105,25 @@ def load_shards(
         limit: load at most so many.
 
     Raises:
+        FileNotFoundError: when a local shard is missing.
         ValueError: when the shards hold no complete sample.
     """
-    pipeline = webdataset.WebDataset(shards, shardshuffle=False, handler=webdataset.warn_and_continue)
-    samples = pipeline.decode("pilrgb", handler=webdataset.warn_and_continue)
-    complete = (
-        (_first(sample, "jpg", "jpeg", "png", "webp"), sample["txt"], sample.get("cls"))
-        for sample in samples
-        if "txt" in sample and _first(sample, "jpg", "jpeg", "png", "webp") is not None
-    )
-    first_shard = shards if isinstance(shards, str) else shards[0]
-    return _in_memory(
-        complete, first_shard, image_size, classnames or _classnames_beside(first_shard), templates, limit
-    )
+    places = expand(shards)
+    problems: list[str] = []
+    samples = _complete(raw_samples(places, problems.append), problems)
+    classnames = classnames or _classnames_beside(places[0])
+    data = _in_memory(samples, places[0], image_size, classnames, templates, limit)
+    if problems:
+        print(f"skipped {len(problems)} broken samples or shards, the first one: {problems[0]}", file=sys.stderr)
+    return data
+
+
+def _complete(raws: Iterable[RawSample], problems: list[str]) -> Iterator[Sample]:
+    for raw in raws:
+        try:
+            yield parse(raw)
+        except ValueError as error:
+            problems.append(str(error))
 
 
 def load_image_folder(
@@ -142,14 +156,14 @@ def _labelled(
 ) -> CaptionedImages:
     classnames = [name.replace("_", " ") for name in dataset.classes]
     samples = (
-        (image.convert("RGB"), templates[0].format(classnames[label]), label)
+        Sample(image.convert("RGB"), [templates[0].format(classnames[label])], label)
         for image, label in (dataset[index] for index in range(len(dataset)))
     )
     return _in_memory(samples, source, image_size, classnames, templates, limit)
 
 
 def _in_memory(
-    samples: Iterable[tuple[Image.Image, str, int | None]],
+    samples: Iterable[Sample],
     source: str,
     image_size: int,
     classnames: Sequence[str],
@@ -160,14 +174,15 @@ def _in_memory(
         [transforms.Resize(image_size), transforms.CenterCrop(image_size), transforms.PILToTensor()]
     )
     images, captions, labels = [], [], []
-    for image, caption, label in tqdm(_at_most(samples, limit), desc=f"reading {Path(source).name}", unit=" images"):
-        images.append(resize(image))
-        captions.append(caption.strip())
-        labels.append(label)
+    for sample in tqdm(_at_most(samples, limit), desc=f"reading {Path(source).name}", unit=" images"):
+        images.append(resize(sample.image))
+        captions.append(sample.captions)
+        labels.append(sample.label)
     if not images:
         raise ValueError(f"{source} holds no image with a caption")
     known = None if None in labels else torch.tensor(labels)
-    return CaptionedImages(torch.stack(images), captions, known, classnames, templates)
+    several = captions if any(len(texts) > 1 for texts in captions) else ()
+    return CaptionedImages(torch.stack(images), [texts[0] for texts in captions], known, classnames, templates, several)
 
 
 def _at_most(samples: Iterable[Any], limit: int | None) -> Iterator[Any]:
@@ -177,14 +192,10 @@ def _at_most(samples: Iterable[Any], limit: int | None) -> Iterator[Any]:
         yield sample
 
 
-def _first(sample: dict[str, Any], *names: str) -> Any:
-    return next((sample[name] for name in names if name in sample), None)
-
-
 def _classnames_beside(shard: str) -> list[str]:
     folder = Path(shard).parent
     if (folder / "meta.json").is_file():
-        return list(json.loads((folder / "meta.json").read_text())["classes"])
+        return list(json.loads((folder / "meta.json").read_text()).get("classes", []))
     if (folder / "classnames.txt").is_file():
         return (folder / "classnames.txt").read_text().splitlines()
     return []

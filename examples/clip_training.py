@@ -1,4 +1,4 @@
-"""CLIP training with random, centred or no masking of the images: the loop that all examples share.
+"""CLIP, FLIP and GLIP side by side on a small set in memory: towers, loop, comparison, plots. The notebook runs this.
 
     images   -> patches -> tokens -> drop -> kept tokens -> image features --.
                                                                               > contrastive loss
@@ -13,9 +13,7 @@ import functools
 import itertools
 import math
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +23,17 @@ import pandas as pd
 import timm
 import torch
 from clip_data import CaptionedImages
+from clip_evaluation import Encoder, to_floats, zero_shot
+from clip_step import (
+    METHODS,
+    autocast,
+    learning_rate,
+    make_drop,
+    make_optimizer,
+    now,
+    set_learning_rate,
+    train_step,
+)
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from open_clip.transformer import TextTransformer
@@ -36,7 +45,6 @@ import gaussmask
 
 pd.options.display.width = 120  # so that a terminal shows the result table unbroken
 
-METHODS = ("clip", "flip", "glip")
 CURVE_IMAGES = 1000  # of the test set are evaluated after every pass
 
 
@@ -125,42 +133,6 @@ def tokenizer(context_length: int) -> open_clip.tokenizer.SimpleTokenizer:
     return open_clip.tokenizer.SimpleTokenizer(context_length=context_length)
 
 
-def make_drop(method: str, config: Config) -> gaussmask.PatchDropout | None:
-    """What `method` drops: nothing (`"clip"`), random patches (`"flip"`) or those far from the centre (`"glip"`)."""
-    if method == "clip":
-        return None
-    if method == "flip":
-        return gaussmask.RandomPatchDropout(config.mask_ratio)
-    if method == "glip":
-        return gaussmask.GaussianPatchDropout(config.mask_ratio, config.sigma, sampling=config.sampling)
-    raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-
-
-def to_floats(images: Tensor, device: str) -> Tensor:
-    """uint8 (B, 3, H, W) to floats around 0."""
-    return images.to(device, non_blocking=True).float().div_(127.5).sub_(1)
-
-
-def train_step(
-    model: CLIP,
-    images: Tensor,
-    tokens: Tensor,
-    contrastive_loss: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    autocast: AbstractContextManager[Any],
-) -> Tensor:
-    """One optimizer step on one batch; the mask is drawn inside the image tower. Returns the loss."""
-    with autocast:
-        image_features, text_features, logit_scale = model(images, tokens)
-    loss: Tensor = contrastive_loss(image_features, text_features, logit_scale)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        model.logit_scale.clamp_(0, math.log(100))  # as CLIP does
-    return loss.detach()
-
-
 def train(
     model: CLIP,
     data: CaptionedImages,
@@ -193,7 +165,8 @@ def train(
     if len(loader) == 0:
         raise ValueError(f"a batch of {config.batch_size} needs at least as many training images, got {len(data)}")
     num_steps = max(1, round(epochs * len(loader)))
-    optimizer, schedule = make_optimizer(model, config, lr, num_steps)
+    optimizer = make_optimizer(model.parameters(), lr=lr, weight_decay=config.weight_decay)
+    num_warmup = max(1, round(config.warmup * num_steps))
     contrastive_loss = open_clip.loss.ClipLoss()
     tokenize = tokenizer(config.context_length)
     records = []
@@ -202,39 +175,22 @@ def train(
         for step, (images, captions) in enumerate(_batches(loader, num_steps), start=1):
             model.train()
             pixels, tokens = to_floats(images, config.device), tokenize(captions).to(config.device)
-            started = _now(config.device)
-            loss = train_step(model, pixels, tokens, contrastive_loss, optimizer, autocast(config)).item()
-            seconds = _now(config.device) - started
-            schedule.step()
+            set_learning_rate(optimizer, learning_rate(step - 1, num_steps=num_steps, num_warmup=num_warmup, peak=lr))
+            started = now(config.device)
+            precision = autocast(config.precision, config.device)
+            loss = train_step(model, pixels, tokens, contrastive_loss, optimizer, precision).item()
+            seconds = now(config.device) - started
             record = {
                 "samples": step * config.batch_size,
                 "loss": loss,
                 "images_per_second": config.batch_size / seconds,
             }
             if curve_data is not None and (step % len(loader) == 0 or step == num_steps):
-                record["top1"] = zero_shot_top1(model, curve_data, config)
+                record["top1"] = zero_shot(make_encoder(model, config), curve_data)["top1"]
             records.append(record)
             bar.update(config.batch_size)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return records
-
-
-def make_optimizer(
-    model: CLIP, config: Config, lr: float, num_steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW without decay on vectors and scalars; linear warm-up and a cosine to 0, by steps."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    num_warmup = max(1, round(config.warmup * num_steps))
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (num_warmup + 1), total_iters=num_warmup)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, num_steps - num_warmup))
-    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[num_warmup])
 
 
 def _batches(loader: Any, num_steps: int) -> Iterator[Any]:
@@ -242,64 +198,9 @@ def _batches(loader: Any, num_steps: int) -> Iterator[Any]:
     return itertools.islice(passes, num_steps)
 
 
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def autocast(config: Config) -> AbstractContextManager[Any]:
-    """The precision of `config` as a context."""
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and _bf16_is_faster(config.device))
-    return torch.autocast(config.device, torch.bfloat16, enabled=bf16)
-
-
-@functools.cache
-def _bf16_is_faster(device: str) -> bool:
-    """Whether a matrix product is faster in bfloat16: many CPUs only emulate it."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(1024, 1024, dtype=dtype, device=device)
-        times = []
-        for _ in range(5):
-            started = _now(device)
-            matrix @ matrix
-            times.append(_now(device) - started)
-        seconds[dtype] = min(times)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
-
-
-@torch.no_grad()
-def zero_shot_top1(model: CLIP, data: CaptionedImages, config: Config, *, masked: bool = False) -> float:
-    """Share of the images, in percent, whose class open_clip's zero-shot classifier finds.
-
-    Leaves the model in eval mode.
-
-    Args:
-        masked: drop patches as in training (the papers' "inference" column); otherwise the model sees whole images.
-    """
-    if data.labels is None or not data.classnames:
-        raise ValueError("zero-shot evaluation needs labels and classnames")
-    model.eval()
-    drop = gaussmask.attached(model)
-    if masked and drop is not None:
-        drop.train()
-    correct = 0
-    with autocast(config):
-        classifier = open_clip.build_zero_shot_classifier(
-            model,
-            tokenizer(config.context_length),
-            data.classnames,
-            [template.format for template in data.templates],
-            num_classes_per_batch=None,
-            device=config.device,
-        )
-        for images, labels in zip(data.images.split(500), data.labels.split(500), strict=True):
-            features = model.encode_image(to_floats(images, config.device), normalize=True)
-            with torch.autocast(config.device, enabled=False):  # bfloat16 would tie similar classes
-                guesses = (features @ classifier).argmax(dim=1)
-            correct += int((guesses.cpu() == labels).sum())
-    return 100 * correct / len(data)
+def make_encoder(model: CLIP, config: Config) -> Encoder:
+    """What the evaluation needs to know of a model."""
+    return Encoder(model, tokenizer(config.context_length), config.device, config.precision)
 
 
 def run(
@@ -315,21 +216,22 @@ def run(
     """
     torch.manual_seed(seed)
     model = build_model(config)
-    drop = make_drop(method, config)
+    drop = make_drop(method, config.mask_ratio, sigma=config.sigma, sampling=config.sampling)
     if drop is not None:
         gaussmask.attach(model.visual, drop)
+    encoder = make_encoder(model, config)
     name = f"{method}, seed {seed}"
     curve_data = test_data.head(CURVE_IMAGES)
     records = train(
         model, train_data, config, epochs=config.epochs, lr=config.lr, seed=seed, label=name, curve_data=curve_data
     )
     speed = pd.Series([record["images_per_second"] for record in records]).median()
-    masked = math.nan if drop is None else zero_shot_top1(model, test_data, config, masked=True)
+    masked = math.nan if drop is None else zero_shot(encoder, test_data, masked=True)["top1"]
     result = {
         "method": method,
         "seed": seed,
         "masked inference": masked,
-        "unmasked": zero_shot_top1(model, test_data, config),
+        "unmasked": zero_shot(encoder, test_data)["top1"],
         "after tuning": math.nan,
         "images/s": speed,
     }
@@ -348,7 +250,7 @@ def run(
         )
         seen = records[-1]["samples"]
         records += [{**record, "samples": record["samples"] + seen} for record in tuning]
-        result["after tuning"] = zero_shot_top1(model, test_data, config)
+        result["after tuning"] = zero_shot(encoder, test_data)["top1"]
     return result, pd.DataFrame(records).assign(method=method, seed=seed)
 
 

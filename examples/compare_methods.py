@@ -19,7 +19,8 @@ import timm
 import torch
 import tyro
 from clip_data import load
-from clip_training import METHODS, Config, compare, plot_curves, summarize
+from clip_step import METHODS
+from clip_training import Config, compare, plot_curves, summarize
 
 import gaussmask
 

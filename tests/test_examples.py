@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from captioned_scenes import CLASSNAMES, make_scenes
+from clip_evaluation import zero_shot
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -91,7 +92,7 @@ class TestData:
         assert data.captions == ["one"]  # the sample without a caption is left out
         assert data.labels is None
         with pytest.raises(ValueError, match="labels"):
-            clip_training.zero_shot_top1(clip_training.build_model(TINY), data, TINY)
+            zero_shot(clip_training.make_encoder(clip_training.build_model(TINY), TINY), data)
 
     def test_shards_without_a_single_pair_say_so(self, tmp_path):
         _write_shard(tmp_path / "empty.tar", [{"txt": b"no image"}])
@@ -168,9 +169,10 @@ class TestTraining:
         model = clip_training.build_model(TINY)
         drop = gaussmask.RandomPatchDropout(0.5)
         gaussmask.attach(model.visual, drop)
-        clip_training.zero_shot_top1(model, TEST_SCENES, TINY, masked=True)
+        encoder = clip_training.make_encoder(model, TINY)
+        zero_shot(encoder, TEST_SCENES, masked=True)
         assert drop.keep_mask.sum() == 32 * len(TEST_SCENES)
-        clip_training.zero_shot_top1(model, TEST_SCENES, TINY)
+        zero_shot(encoder, TEST_SCENES)
         assert drop.keep_mask is None
 
     def test_zero_shot_counts_what_a_perfect_model_gets_right(self):
@@ -188,7 +190,8 @@ class TestTraining:
                 labels[:10] = (labels[:10] + 1) % len(CLASSNAMES)  # 10 of 40 wrong
                 return classes[labels]
 
-        assert clip_training.zero_shot_top1(Oracle(), TEST_SCENES, TINY) == 75
+        encoder = clip_training.make_encoder(Oracle(), TINY)
+        assert zero_shot(encoder, TEST_SCENES)["top1"] == 75
 
     def test_too_few_images_for_a_batch_say_so(self):
         with pytest.raises(ValueError, match="batch of 32"):

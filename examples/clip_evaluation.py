@@ -1,0 +1,170 @@
+"""What a CLIP model has learnt: zero-shot classification, image-text retrieval, and a linear probe of its features.
+
+Under torch.distributed every process encodes its share of the images and captions, and all of them get all features.
+The generators of the training are left as they were, so that an evaluation changes nothing that comes after it.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import torch
+import torch.distributed as dist
+from clip_data import CaptionedImages
+from clip_step import autocast
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+import gaussmask
+
+HALF = (0.5, 0.5, 0.5)
+RECALLS = (1, 5, 10)
+
+
+def to_floats(images: Tensor, device: str, mean: Sequence[float] = HALF, std: Sequence[float] = HALF) -> Tensor:
+    """uint8 (B, 3, H, W) to normalised floats."""
+    offset, scale = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (mean, std))
+    return images.to(device, non_blocking=True).float().sub_(offset).div_(scale)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model, and what it takes to turn images and captions into its features.
+
+    Args:
+        model: with open_clip's `encode_image` and `encode_text`.
+        tokenize: a list of strings to (B, L) int64.
+        precision: see `clip_step.autocast`.
+        mean, std: of the pixels, as shares of 255.
+        batch_size: of one forward.
+        seed: of the masks of a masked evaluation.
+    """
+
+    model: Any
+    tokenize: Callable[[list[str]], Tensor]
+    device: str
+    precision: str = "auto"
+    mean: Sequence[float] = HALF
+    std: Sequence[float] = HALF
+    batch_size: int = 500
+    seed: int = 0
+
+    def images(self, images: Tensor, *, normalize: bool = True) -> Tensor:
+        """Features (N, D) float32 of uint8 images (N, 3, H, W)."""
+
+        def encode(rows: Tensor) -> Tensor:
+            pixels = to_floats(images[rows], self.device, self.mean, self.std)
+            return self.model.encode_image(pixels, normalize=normalize)
+
+        return self._encode(len(images), encode)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Normalised features (N, D) float32 of N captions."""
+
+        def encode(rows: Tensor) -> Tensor:
+            tokens = self.tokenize([texts[row] for row in rows.tolist()]).to(self.device)
+            return self.model.encode_text(tokens, normalize=True)
+
+        return self._encode(len(texts), encode)
+
+    def classifier(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """open_clip's zero-shot classifier (D, C)."""
+        with torch.no_grad(), autocast(self.precision, self.device):
+            weights = open_clip.build_zero_shot_classifier(
+                self.model,
+                self.tokenize,
+                classnames,
+                [template.format for template in templates],
+                num_classes_per_batch=10 if len(classnames) > 10 else None,
+                device=self.device,
+            )
+        return weights.float()
+
+    def _encode(self, count: int, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """All `count` features, each process having encoded an equal share of them, the last one perhaps twice."""
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        share = math.ceil(count / world_size)
+        rows = (torch.arange(share) + rank * share).clamp(max=count - 1)
+        with torch.no_grad(), autocast(self.precision, self.device):
+            mine = torch.cat([encode(some).float() for some in rows.split(self.batch_size)])
+        if world_size == 1:
+            return mine
+        everyone = [torch.empty_like(mine) for _ in range(world_size)]
+        dist.all_gather(everyone, mine)
+        return torch.cat(everyone)[:count]
+
+
+@contextlib.contextmanager
+def evaluating(encoder: Encoder, *, masked: bool = False) -> Iterator[None]:
+    """The model in eval mode, with its drop on if `masked`; afterwards mode and generators are what they were."""
+    training = encoder.model.training
+    drop = gaussmask.attached(encoder.model)
+    device = torch.device(encoder.device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(encoder.seed)
+        encoder.model.eval()
+        if masked and drop is not None:
+            drop.train()
+        try:
+            yield
+        finally:
+            encoder.model.train(training)
+
+
+def zero_shot(encoder: Encoder, data: CaptionedImages, *, masked: bool = False) -> dict[str, float]:
+    """Share of the images, in percent, whose class is the first guess (`top1`), or among the first five (`top5`).
+
+    Args:
+        masked: drop patches as in training (the papers' "inference" column); otherwise the model sees whole images.
+    """
+    if data.labels is None or not data.classnames:
+        raise ValueError("zero-shot evaluation needs labels and classnames (KEY.cls, and meta.json or classnames.txt)")
+    with evaluating(encoder, masked=masked):
+        classifier = encoder.classifier(data.classnames, data.templates)
+        guesses = (encoder.images(data.images) @ classifier).topk(min(5, classifier.shape[1]), dim=1).indices.cpu()
+    hits = guesses == data.labels[:, None]
+    return {"top1": _percent(hits[:, 0]), "top5": _percent(hits.any(dim=1))}
+
+
+def retrieval(encoder: Encoder, data: CaptionedImages) -> dict[str, float]:
+    """Recall at 1, 5 and 10, in percent: of images by a caption, and of any of its own captions by an image."""
+    captions = data.all_captions or [[caption] for caption in data.captions]
+    owners = torch.tensor([image for image, texts in enumerate(captions) for _ in texts])
+    with evaluating(encoder):
+        images = encoder.images(data.images)
+        texts = encoder.texts([text for some in captions for text in some])
+    hits = {
+        "image_to_text": owners[_best(images, texts)] == torch.arange(len(images))[:, None],
+        "text_to_image": _best(texts, images) == owners[:, None],
+    }
+    return {f"{way}_r{k}": _percent(found[:, :k].any(dim=1)) for way, found in hits.items() for k in RECALLS}
+
+
+def _best(queries: Tensor, items: Tensor) -> Tensor:
+    """Indices (Q, 10) of the items most similar to each query, best first."""
+    count = min(max(RECALLS), len(items))
+    return torch.cat([(some @ items.T).topk(count, dim=1).indices for some in queries.split(1000)]).cpu()
+
+
+def linear_probe(encoder: Encoder, train: CaptionedImages, test: CaptionedImages) -> float:
+    """Accuracy in percent, on `test`, of a logistic regression on the features of `train`.
+
+    scikit-learn's L-BFGS on standardised, unnormalised image features, with its default regularisation (C = 1).
+    """
+    if train.labels is None or test.labels is None:
+        raise ValueError("a linear probe needs labels (KEY.cls)")
+    with evaluating(encoder):
+        features, test_features = (encoder.images(data.images, normalize=False).cpu() for data in (train, test))
+    probe: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    probe.fit(features.numpy(), train.labels.numpy())
+    return 100 * float(probe.score(test_features.numpy(), test.labels.numpy()))
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * hits.float().mean().item()

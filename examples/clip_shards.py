@@ -1,0 +1,129 @@
+"""WebDataset shards of image-text pairs: what lies in them, sample by sample; what is broken is reported.
+
+A sample is `KEY.jpg` (or .jpeg, .png, .webp), `KEY.txt` with its caption, and optionally `KEY.cls` with the number of
+its class and `KEY.json` with all of its `"captions"`.
+"""
+
+import glob
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import webdataset
+from PIL import Image
+from tqdm import tqdm
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+RawSample = Mapping[str, Any]  # bytes by suffix, and webdataset's own `__key__` and `__url__`
+Report = Callable[[str], None]
+
+
+class Sample(NamedTuple):
+    """An RGB image, its captions (at least one), and the number of its class, if it has one."""
+
+    image: Image.Image
+    captions: list[str]
+    label: int | None
+
+
+def expand(shards: str | Sequence[str]) -> list[str]:
+    """The single shards of `"a-{000..012}.tar"`, `"folder/*.tar"`, `"one.tar::two.tar"`, URLs, or a list of these.
+
+    Raises:
+        FileNotFoundError: when a local shard is missing, or a pattern matches nothing.
+    """
+    found: list[str] = []
+    for shard in webdataset.shardlists.expand_urls(shards):
+        if is_local(shard) and glob.has_magic(shard) and not Path(shard).exists():
+            matches = sorted(glob.glob(shard))
+            if not matches:
+                raise FileNotFoundError(f"no shard matches {shard}")
+            found += matches
+        elif is_local(shard) and not Path(shard).is_file():
+            raise FileNotFoundError(f"there is no shard {shard}")
+        else:
+            found.append(shard)
+    return found
+
+
+def is_local(shard: str) -> bool:
+    """Whether it is a file, and not `pipe:...` or a URL."""
+    return not shard.startswith("pipe:") and "://" not in shard
+
+
+def raw_samples(shards: Sequence[str], report: Report) -> Iterator[RawSample]:
+    """Every sample of every shard as bytes, not looked at yet.
+
+    Each shard is read by itself, so that a broken one ends where it breaks, and nothing of it mixes with the next.
+
+    Args:
+        report: is called with a sentence for every shard that can't be opened or read to its end.
+    """
+
+    def skip(error: Exception) -> bool:
+        report(f"{shard}: {error.args[0] if error.args else type(error).__name__}")
+        return True
+
+    for shard in shards:
+        try:
+            with webdataset.gopen(shard) as stream:
+                files = webdataset.tariterators.tar_file_expander([{"url": shard, "stream": stream}], handler=skip)
+                yield from webdataset.tariterators.group_by_keys(files, handler=skip)
+        except OSError as error:  # of opening it, or of a pipe that ends with an error
+            skip(error)
+
+
+def parse(raw: RawSample) -> Sample:
+    """Decode one sample.
+
+    Raises:
+        ValueError: when it lacks an image or a caption, or they can't be decoded. The message names the sample.
+    """
+    place = f"{raw.get('__url__')}, sample {raw.get('__key__')}"
+    image = next((raw[suffix] for suffix in IMAGE_SUFFIXES if suffix in raw), None)
+    if image is None:
+        raise ValueError(f"{place}: no image")
+    try:
+        captions = [caption for caption in _captions(raw) if caption]
+        label = int(raw["cls"]) if "cls" in raw else None
+        if captions:
+            return Sample(Image.open(io.BytesIO(image)).convert("RGB"), captions, label)
+    except Exception as error:  # whatever a decoder raises on bytes that are not what they should be
+        raise ValueError(f"{place}: {error}") from error
+    raise ValueError(f"{place}: no caption")
+
+
+def _captions(raw: RawSample) -> list[str]:
+    several = json.loads(raw["json"]).get("captions", []) if "json" in raw else []
+    texts = several or ([raw["txt"].decode()] if "txt" in raw else [])
+    return [text.strip() for text in texts]
+
+
+def count_samples(shards: Sequence[str]) -> int:
+    """How many samples with an image local shards hold.
+
+    A `sizes.json` beside them, as img2dataset leaves it (`{"00000.tar": 9871, ...}`), saves the reading.
+    """
+    known: dict[str, int] = {}
+    for folder in {Path(shard).parent for shard in shards}:
+        sizes = folder / "sizes.json"
+        if sizes.is_file():
+            known |= {str(folder / name): int(size) for name, size in json.loads(sizes.read_text()).items()}
+    count = 0
+    for shard in tqdm(shards, desc="counting samples", unit=" shards", disable=len(shards) < 10):
+        count += known[shard] if shard in known else _count_images(shard)
+    return count
+
+
+def _count_images(shard: str) -> int:
+    count = 0
+    try:
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                count += member.name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+    except (tarfile.TarError, EOFError, OSError):  # a broken shard counts as far as it can be read
+        pass
+    return count
