@@ -54,8 +54,11 @@ class Config:
 
     Args:
         mask_ratio: share of the patches that FLIP and GLIP drop in training.
-        sigma, sampling: of GLIP, see `gaussmask.GaussianPatchDropout`.
-        width, depth, text_depth: of the towers; an attention head is `head_width` wide.
+        sigma: of GLIP, see `gaussmask.GaussianPatchDropout`.
+        sampling: of GLIP, likewise.
+        width: of both towers; an attention head is `head_width` wide.
+        depth: of the image tower.
+        text_depth: of the text tower.
         embed_dim: of the joint space.
         epochs: passes over the training set with masks.
         tuning_epochs: passes without masks afterwards; a fraction is part of a pass.

@@ -28,6 +28,7 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,7 +93,8 @@ class Config:
         init_from: weights to start from: a `model/` folder of a run, or a file.
         method: clip (no mask), flip (random), glip (centred), reclip (smaller images), or reclip with a mask.
         mask_ratio: share of the patches that flip and glip drop.
-        sigma, sampling: of glip, see `gaussmask.GaussianPatchDropout`.
+        sigma: of glip: the variance of the Gaussian on the square [-1, 1]^2.
+        sampling: of glip: additive (the authors' rule) or weighted (every patch has a chance).
         stage: where patches are dropped: after the projection (tokens) or before (pixels).
         small_image_size: of reclip; half of the model's image size if not given.
         loss: softmax over the batch (clip) or sigmoid of each pair (siglip).
@@ -100,13 +102,19 @@ class Config:
         tuning_epochs: without a mask and on full-sized images, afterwards.
         batch_size: of the contrastive loss, over all processes.
         accumulate: forwards that the batch of a process is split into. The loss still compares all of it.
-        tuning_batch_size, tuning_accumulate: likewise without a mask; those of training if not given.
-        lr, tuning_lr: peaks; a linear warm-up comes before and a cosine to 0 after.
+        tuning_batch_size: likewise in the tuning; that of training if not given.
+        tuning_accumulate: likewise in the tuning, where nothing is masked; that of training if not given.
+        lr: the peak; a linear warm-up comes before and a cosine to 0 after.
+        tuning_lr: the peak of the tuning.
         warmup: share of the steps.
+        weight_decay: of AdamW, on matrices.
+        betas: of AdamW.
+        eps: of AdamW.
         max_norm: gradients of a larger norm are scaled down to it.
         precision: bf16 (autocast), fp32, or auto for the faster of the two.
         compile: torch.compile.
         grad_checkpointing: recompute activations in the backward, for memory.
+        device: cuda or cpu.
         fsdp: shard weights, gradients and moments over the processes (FSDP2) instead of replicating them (DDP).
         zero_shot: labelled test images, for zero-shot top-1 and top-5.
         probe: labelled training images for a linear probe, which is tested on `zero_shot`.
@@ -197,6 +205,8 @@ class Phase:
 
 def main(config: Config) -> None:
     """Train, then tune."""
+    # open_clip's loss gathers by a function that newer versions of torch want to replace.
+    warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather", FutureWarning)
     with setting_up():
         ranks = start_processes(config)
         phases = plan(config, ranks)

@@ -1,0 +1,84 @@
+"""What CLIP training costs in tokens and operations, with and without a mask: counted on the model itself.
+
+    python examples/training_cost.py
+    python examples/training_cost.py --model ViT-L-14 --mask-ratios 0 0.5 0.75 --samples 400e6 --epochs 32
+
+No data and no GPU: the model lies on the meta device, and torch's counter follows one forward and backward.
+"""
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+import tyro
+from clip_towers import create_model, model_config
+from torch.utils.flop_counter import FlopCounterMode
+from user_errors import UserError, one_line, setting_up
+
+import gaussmask
+from gaussmask.functional import num_kept_patches
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to count.
+
+    Args:
+        model: a name of open_clip, or a .json file or folder in its format.
+        image_tower: timm:NAME or transformers:NAME instead of the model's own image tower.
+        image_size: instead of the model's own.
+        mask_ratios: shares of the patches that are dropped; 0 is training without a mask.
+        stage: where they are dropped: after the projection (tokens) or before (pixels).
+        samples: images of one epoch.
+        epochs: of training.
+    """
+
+    model: str = "ViT-B-16"
+    image_tower: str | None = None
+    image_size: int | None = None
+    mask_ratios: tuple[float, ...] = (0, 0.5, 0.75, 0.918)
+    stage: str = "tokens"
+    samples: float = 10e6
+    epochs: float = 30
+
+
+def main(config: Config) -> None:
+    """Print a table, a row per ratio."""
+    rows = [count(config, mask_ratio) for mask_ratio in config.mask_ratios]
+    table = pd.DataFrame(rows)
+    table["relative"] = table["GFLOP per pair"] / table["GFLOP per pair"].iloc[0]
+    images = config.samples * config.epochs
+    table["billion image tokens"] = images * table["tokens per image"] / 1e9
+    table["EFLOP"] = images * table["GFLOP per pair"] / 1e9
+    print(table.to_markdown(index=False, floatfmt=("", ".0f", ".1f", ".1f", ".2f", ".1f", ".1f")))
+
+
+def count(config: Config, mask_ratio: float) -> dict[str, float]:
+    """Tokens of an image, and operations of a training step per image-text pair."""
+    with setting_up():
+        architecture = model_config(config.model, image_tower=config.image_tower, image_size=config.image_size)
+        model = create_model(architecture).to("meta").train()
+        facts = gaussmask.describe(model)
+        if facts.grid_size is None:
+            raise UserError(facts.reason or "this model gives every image a grid of its own: there is no one cost")
+        gaussmask.attach(model, gaussmask.RandomPatchDropout(mask_ratio), stage=config.stage)
+    size = architecture["vision_cfg"].get("image_size", 224)
+    images = torch.zeros(1, 3, size, size, device="meta")
+    tokens = torch.zeros(1, architecture["text_cfg"].get("context_length", 77), dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as both:
+        image_features, text_features, *_ = model(images, tokens)
+        (image_features.sum() + text_features.sum()).backward()
+    with FlopCounterMode(display=False) as image:
+        model.encode_image(images).sum().backward()
+    return {
+        "mask ratio": mask_ratio,
+        "tokens per image": facts.num_prefix_tokens + num_kept_patches(math.prod(facts.grid_size), mask_ratio),
+        "GFLOP per image": image.get_total_flops() / 1e9,
+        "GFLOP per pair": both.get_total_flops() / 1e9,
+    }
+
+
+if __name__ == "__main__":
+    with one_line("training_cost.py"):
+        main(tyro.cli(Config))
