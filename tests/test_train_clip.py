@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import train_clip
+import training_cost
 import webdataset
 from clip_shards import count_samples, expand
 from PIL import Image
@@ -715,3 +716,30 @@ class TestEvaluation:
         assert clip_evaluation.linear_probe(encoder, data, data) == 100
         shuffled = clip_data.CaptionedImages(pixels, ["0"] * 40, labels.roll(1))
         assert clip_evaluation.linear_probe(encoder, data, shuffled) == 0
+
+
+class TestCost:
+    def test_the_count_is_what_the_arithmetic_says(self):
+        """Blocks, projections of patches and output: three times a forward, a multiply-add as two."""
+        for mask_ratio, kept in [(0, 196), (0.75, 49)]:
+            found = training_cost.count(training_cost.Config(), mask_ratio)
+            tokens, width = 1 + kept, 768
+            blocks = 12 * (24 * tokens * width**2 + 4 * tokens**2 * width)
+            edges = 2 * 196 * 768 * width * 2 / 3 + 2 * 512 * width  # the image itself needs no gradient
+            assert found["tokens per image"] == tokens
+            assert found["GFLOP per image"] == pytest.approx(3 * (blocks + edges) / 1e9, rel=2e-3)
+
+    def test_the_page_has_what_the_program_prints(self, capsys):
+        training_cost.main(training_cost.Config())
+        printed, page = (
+            [
+                [cell.strip() for cell in line.strip("|").split("|")]
+                for line in text.splitlines()
+                if line.startswith("|")
+            ]
+            for text in (capsys.readouterr().out, (EXAMPLES / "README.md").read_text())
+        )
+        numbers = [[float(cell) for cell in row] for row in printed[2:]]
+        assert len(numbers) == 4
+        shown = [row for row in page if len(row) == 7 and row[0].replace(".", "").isdigit()]
+        assert [[float(cell) for cell in row] for row in shown] == numbers
