@@ -64,16 +64,20 @@ def raw_samples(shards: Sequence[str], report: Report) -> Iterator[RawSample]:
     """
 
     def skip(error: Exception) -> bool:
+        nonlocal failed
+        failed = True
         report(f"{shard}: {error.args[0] if error.args else type(error).__name__}")
         return True
 
     for shard in shards:
+        failed = False
         try:
             with webdataset.gopen(shard) as stream:
                 files = webdataset.tariterators.tar_file_expander([{"url": shard, "stream": stream}], handler=skip)
                 yield from webdataset.tariterators.group_by_keys(files, handler=skip)
-        except OSError as error:  # of opening it, or of a pipe that ends with an error
-            skip(error)
+        except OSError as error:  # of opening it, or of a pipe that ended with an error
+            if not failed:  # else it is the end of what was reported
+                skip(error)
 
 
 def parse(raw: RawSample) -> Sample:
