@@ -167,4 +167,4 @@ def linear_probe(encoder: Encoder, train: CaptionedImages, test: CaptionedImages
 
 
 def _percent(hits: Tensor) -> float:
-    return 100 * hits.float().mean().item()
+    return 100 * hits.double().mean().item()

@@ -63,6 +63,8 @@ def raw_samples(shards: Sequence[str], report: Report) -> Iterator[RawSample]:
         report: is called with a sentence for every shard that can't be opened or read to its end.
     """
 
+    failed = False
+
     def skip(error: Exception) -> bool:
         nonlocal failed
         failed = True

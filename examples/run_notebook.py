@@ -35,6 +35,7 @@ def execute(output: Path) -> Any:
     """Run the notebook with its results going to `output`; returns it with its outputs."""
     output.mkdir(parents=True, exist_ok=True)
     os.environ["GAUSSMASK_OUTPUT"] = str(output.resolve())
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # the bars are text, as on the terminal
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = LoudClient(
         notebook,

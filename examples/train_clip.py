@@ -362,7 +362,7 @@ def run(phase: Phase, config: Config, ranks: Ranks) -> None:
 
     contrastive_loss = make_loss(config, ranks)
     log = MetricsLog(config.output, phase.name, first_step, tensorboard=config.tensorboard, silent=not ranks.first)
-    eval_steps = max(1, round(config.eval_every * steps_per_epoch))
+    eval_steps = max(1.0, config.eval_every * steps_per_epoch)
     losses: list[torch.Tensor] = []
     started = time.perf_counter()
     model.train()
@@ -400,13 +400,13 @@ def run(phase: Phase, config: Config, ranks: Ranks) -> None:
                 skipped=round(summed(progress.skipped, ranks, device)),
             )
             losses, started = [], time.perf_counter()
-        if evaluation and (step % eval_steps == 0 or step == num_steps):
+        paused = time.perf_counter()
+        if evaluation and (step == num_steps or step // eval_steps > (step - 1) // eval_steps):
             log.write(step, **evaluate(encoder, evaluation, masked=phase.drop is not None))
-            started = time.perf_counter()
         if step % config.checkpoint_every == 0 and step < num_steps:
             info = {"phase": phase.name, "readers": readers(config)}
             save_checkpoint(folder / "checkpoints", step, model, optimizer, progress, info, ranks, keep=config.keep)
-            started = time.perf_counter()
+        started += time.perf_counter() - paused  # neither counts for the speed
     bar.close()
     finish(folder / "model", architecture, model, ranks)
 

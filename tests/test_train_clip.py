@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import clip_checkpoints
@@ -420,6 +421,21 @@ class TestRun:
         train_clip.main(config(place, tmp_path / "without"))
         train_clip.main(config(place, tmp_path / "with", zero_shot=data, eval_every=0.2))
         assert_same_weights(tmp_path / "without", tmp_path / "with")
+
+    def test_the_speed_is_that_of_the_steps(self, place, tmp_path, monkeypatch):
+        """Also where an evaluation comes between two lines of the log."""
+        step = train_clip.train_step_in_parts
+
+        def slow_step(*args, **options):
+            time.sleep(0.1)
+            return step(*args, **options)
+
+        monkeypatch.setattr(train_clip, "train_step_in_parts", slow_step)
+        data = str(place / "data" / "shard-000.tar")
+        train_clip.main(config(place, tmp_path, log_every=3, zero_shot=data, eval_every=0.2))
+        speeds = [record["images_per_second"] for record in metrics(tmp_path) if "loss" in record]
+        assert len(speeds) == 2
+        assert all(10 < speed < 8 / 0.1 for speed in speeds)
 
     @pytest.mark.parametrize(
         ("changes", "kept"),
