@@ -103,7 +103,7 @@ def load_weights(model: nn.Module, weights: Path) -> None:
         raise UserError(f"there are no weights at {weights}")
     try:
         open_clip.load_checkpoint(model, str(file))
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, AssertionError) as error:
         first = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise UserError(f"{file} holds weights of another model than the one asked for: {first[:200]}") from error
 

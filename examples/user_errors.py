@@ -14,8 +14,10 @@ def setting_up() -> Iterator[None]:
     """While a program reads its arguments, files and models, what libraries complain about is the user's to mend."""
     try:
         yield
-    except (ValueError, TypeError, OSError, RuntimeError, LookupError) as error:
+    except LookupError as error:  # whose message is the key alone
         raise UserError(f"{type(error).__name__}: {error}") from error
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise UserError(str(error)) from error
 
 
 @contextlib.contextmanager
