@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from user_errors import UserError
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -51,6 +52,11 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """All weights on the CPU, on the first process; all processes must call it."""
     weights: dict[str, Any] = get_model_state_dict(model, options=WHOLE)
     return {name: tensor.contiguous() for name, tensor in weights.items()}
+
+
+def whole_parameter(parameter: torch.Tensor) -> torch.Tensor:
+    """All of it, where FSDP2 has sharded it; all processes must call it."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def save_checkpoint(

@@ -13,7 +13,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.distributed as dist
-from clip_data import CaptionedImages
+from clip_data import CaptionedImages, load
 from clip_step import autocast
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -115,6 +115,41 @@ def evaluating(encoder: Encoder, *, masked: bool = False) -> Iterator[None]:
             yield
         finally:
             encoder.model.train(training)
+
+
+def load_evaluation(
+    image_size: int, *, zero_shot: str | None, probe: str | None, retrieval: str | None
+) -> dict[str, CaptionedImages]:
+    """The images that a model is evaluated on, by purpose, from the places that `clip_data.load` takes.
+
+    Raises:
+        ValueError: when a set lacks the labels, or the class names, that its purpose needs.
+    """
+    sources = {"zero_shot": zero_shot, "probe": probe, "retrieval": retrieval}
+    data = {
+        name: load(source, image_size=image_size, train=name == "probe") for name, source in sources.items() if source
+    }
+    for name in ("zero_shot", "probe"):
+        if name in data and data[name].labels is None:
+            raise ValueError(f"{name} {sources[name]} has no labels (KEY.cls)")
+    if "zero_shot" in data and not data["zero_shot"].classnames:
+        raise ValueError(f"zero_shot {zero_shot} has no class names: put a meta.json or classnames.txt beside it")
+    return data
+
+
+def evaluate(encoder: Encoder, data: dict[str, CaptionedImages], *, masked: bool) -> dict[str, float]:
+    """Every figure that the data allows, in percent."""
+    found: dict[str, float] = {}
+    if "zero_shot" in data:
+        found |= {f"zero_shot_{name}": value for name, value in zero_shot(encoder, data["zero_shot"]).items()}
+        if masked:
+            accuracies = zero_shot(encoder, data["zero_shot"], masked=True)
+            found |= {f"zero_shot_masked_{name}": value for name, value in accuracies.items()}
+    if "probe" in data:
+        found["linear_probe"] = linear_probe(encoder, data["probe"], data["zero_shot"])
+    if "retrieval" in data:
+        found |= retrieval(encoder, data["retrieval"])
+    return found
 
 
 def zero_shot(encoder: Encoder, data: CaptionedImages, *, masked: bool = False) -> dict[str, float]:

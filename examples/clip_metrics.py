@@ -1,9 +1,12 @@
 """The log of a run: a line on the terminal, JSON lines in a file, and TensorBoard if asked for."""
 
 import json
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 
@@ -56,3 +59,11 @@ class MetricsLog:
                 if isinstance(value, int | float):
                     self.board.add_scalar(name, value, step)
             self.board.flush()
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB at most: of tensors on the GPU, or of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

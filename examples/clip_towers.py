@@ -131,6 +131,16 @@ def save_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
         timm.models.save_for_hf(model.visual.trunk, str(folder / "timm"), model_args=args, safe_serialization=True)
 
 
+def make_tokenizer(config: Mapping[str, Any]) -> Any:
+    """open_clip's tokenizer for the text tower."""
+    text = config["text_cfg"]
+    length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+    if "hf_tokenizer_name" in text:
+        options = text.get("tokenizer_kwargs", {})
+        return open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=length, **options)
+    return open_clip.tokenizer.SimpleTokenizer(context_length=length)
+
+
 class TransformersTower(nn.Module):
     """An image tower of transformers with the interface of open_clip's: pooled output, then a projection.
 

@@ -24,7 +24,6 @@ import datetime
 import json
 import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -44,11 +43,12 @@ from clip_checkpoints import (
     load_checkpoint,
     read_info,
     save_checkpoint,
+    whole_parameter,
     whole_state_dict,
 )
-from clip_data import CaptionedImages, load
-from clip_evaluation import Encoder, linear_probe, retrieval, zero_shot
-from clip_metrics import MetricsLog
+from clip_data import load
+from clip_evaluation import Encoder, evaluate, load_evaluation
+from clip_metrics import MetricsLog, peak_memory
 from clip_shards import count_samples, expand, is_local
 from clip_step import (
     autocast,
@@ -59,10 +59,9 @@ from clip_step import (
     train_step_in_parts,
 )
 from clip_stream import CaptionStream, Memory, Progress, Shards, Source
-from clip_towers import create_model, model_config, save_model
+from clip_towers import create_model, make_tokenizer, model_config, save_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from user_errors import UserError, one_line, setting_up
@@ -311,6 +310,13 @@ def prepare_output(config: Config, ranks: Ranks) -> None:
                         f"{config.output} holds a run with {name} {before[name]}, this one has {setting[name]}: take "
                         "another --output"
                     )
+            changed = [
+                f"{name} {before.get(name)} -> {value}"
+                for name, value in setting.items()
+                if value != before.get(name) and name != "resume"
+            ]
+            if changed:
+                print(f"changed since the run began: {', '.join(changed)}")
         begun.write_text(json.dumps(setting, indent=1) + "\n", encoding="utf-8")
 
 
@@ -358,7 +364,9 @@ def run(phase: Phase, config: Config, ranks: Ranks) -> None:
             clip, tokenize, config.device, config.precision, preprocessing.mean, preprocessing.std,
             config.eval_batch_size, config.seed,
         )  # fmt: skip
-        evaluation = load_evaluation(config, phase.image_size)
+        evaluation = load_evaluation(
+            phase.image_size, zero_shot=config.zero_shot, probe=config.probe, retrieval=config.retrieval
+        )
 
     contrastive_loss = make_loss(config, ranks)
     log = MetricsLog(config.output, phase.name, first_step, tensorboard=config.tensorboard, silent=not ranks.first)
@@ -393,7 +401,7 @@ def run(phase: Phase, config: Config, ranks: Ranks) -> None:
                 samples=step * phase.batch_size,
                 loss=mean,
                 lr=lr,
-                logit_scale=float(whole(clip.logit_scale).exp()),
+                logit_scale=float(whole_parameter(clip.logit_scale).exp()),
                 images_per_second=len(losses) * phase.batch_size / seconds,
                 patches=patches_per_image(phase.drop),
                 memory_gib=peak_memory(device),
@@ -452,16 +460,6 @@ def make_loss(config: Config, ranks: Ranks) -> nn.Module:
     return open_clip.loss.ClipLoss(local_loss=True, gather_with_grad=True, rank=ranks.rank, world_size=ranks.world_size)
 
 
-def make_tokenizer(architecture: dict[str, Any]) -> Any:
-    """open_clip's tokenizer for the text tower."""
-    text = architecture["text_cfg"]
-    length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
-    if "hf_tokenizer_name" in text:
-        options = text.get("tokenizer_kwargs", {})
-        return open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=length, **options)
-    return open_clip.tokenizer.SimpleTokenizer(context_length=length)
-
-
 def open_data(config: Config, phase: Phase, ranks: Ranks) -> tuple[Source, int]:
     """The training data, and how many samples of it are an epoch."""
     if config.in_memory:
@@ -511,35 +509,6 @@ def resume(
     return info["step"], progress
 
 
-def load_evaluation(config: Config, image_size: int) -> dict[str, CaptionedImages]:
-    """The images that a model is evaluated on, by purpose."""
-    sources = {"zero_shot": config.zero_shot, "probe": config.probe, "retrieval": config.retrieval}
-    data = {
-        name: load(source, image_size=image_size, train=name == "probe") for name, source in sources.items() if source
-    }
-    for name in ("zero_shot", "probe"):
-        if name in data and data[name].labels is None:
-            raise UserError(f"{name} {sources[name]} has no labels (KEY.cls)")
-    if "zero_shot" in data and not data["zero_shot"].classnames:
-        raise UserError(f"zero_shot {config.zero_shot} has no class names: put a meta.json or classnames.txt beside it")
-    return data
-
-
-def evaluate(encoder: Encoder, data: dict[str, CaptionedImages], *, masked: bool) -> dict[str, float]:
-    """Every figure that the data allows, in percent."""
-    found: dict[str, float] = {}
-    if "zero_shot" in data:
-        found |= {f"zero_shot_{name}": value for name, value in zero_shot(encoder, data["zero_shot"]).items()}
-        if masked:
-            accuracies = zero_shot(encoder, data["zero_shot"], masked=True)
-            found |= {f"zero_shot_masked_{name}": value for name, value in accuracies.items()}
-    if "probe" in data:
-        found["linear_probe"] = linear_probe(encoder, data["probe"], data["zero_shot"])
-    if "retrieval" in data:
-        found |= retrieval(encoder, data["retrieval"])
-    return found
-
-
 def finish(folder: Path, architecture: dict[str, Any], model: nn.Module, ranks: Ranks) -> None:
     """Leave the finished model, whole or not at all."""
     weights = whole_state_dict(model)
@@ -561,25 +530,12 @@ def patches_per_image(drop: gaussmask.PatchDropout | None) -> str:
     return f"{drop.keep_indices.shape[1]}/{drop.keep_mask[0].numel()}"
 
 
-def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """All of it, where FSDP2 has sharded it."""
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
-
-
 def summed(value: float, ranks: Ranks, device: torch.device) -> float:
     """Over all processes."""
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
     if ranks.world_size > 1:
         dist.all_reduce(tensor)
     return float(tensor)
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB at most: of tensors on the GPU, or of the whole process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 if __name__ == "__main__":

@@ -224,14 +224,17 @@ def steps_of_a_process(rank: int, world_size: int, store: str, results: str) -> 
         outcome[siglip, parts, sharded] = gradients(wrapped, images, tokens, loss, parts)
     drop = gaussmask.RandomPatchDropout(0.5)
     model = train_clip.prepare_model(gaussmask.attach(tiny_model(), drop), setting, ranks)
-    torch.manual_seed(7 + rank)
-    model(images, tokens)
-    torch.save((outcome, drop.keep_indices), f"{results}/{rank}.pt")
+    masks = []
+    for seed in (7 + rank, 7):
+        torch.manual_seed(seed)
+        model(images, tokens)
+        masks.append(drop.keep_indices)
+    torch.save((outcome, masks), f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_compute_what_one_computes(tmp_path):
-    """The gathered loss and its gradients; and each process has masks of its own."""
+    """The gathered loss and its gradients; masks differ between processes, unless their seeds are equal."""
     torch.multiprocessing.spawn(steps_of_a_process, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     for (siglip, parts, sharded), (_, spread) in found[0][0].items():
@@ -242,7 +245,9 @@ def test_two_processes_compute_what_one_computes(tmp_path):
         if sharded:
             expected["logit_scale"] = expected["logit_scale"].reshape(1)
         assert_same_gradients(spread, expected)
-    assert not torch.equal(found[0][1], found[1][1])
+    (first, first_again), (second, second_again) = (masks for _, masks in found)
+    assert not torch.equal(first, second)
+    assert torch.equal(first_again, second_again)
 
 
 def numbers(batches, count: int) -> list[int]:
@@ -671,12 +676,18 @@ class TestMistakes:
         with pytest.raises(SystemExit, match=message), one_line("train_clip.py"):
             train_clip.main(config(place, tmp_path / "other", samples_per_epoch=10, **changes))
 
-    def test_a_second_run_in_the_same_folder_and_weights_of_another_model(self, place, tmp_path):
+    def test_a_second_run_in_the_same_folder_and_weights_of_another_model(self, place, tmp_path, capsys):
         train_clip.main(config(place, tmp_path, epochs=0.2))
         with pytest.raises(UserError, match="holds a run already"):
             train_clip.main(config(place, tmp_path, epochs=0.2))
         with pytest.raises(UserError, match="method glip, this one has flip"):
             train_clip.main(config(place, tmp_path, epochs=0.2, method="flip", resume=True))
+        capsys.readouterr()
+        train_clip.main(config(place, tmp_path, epochs=0.2, lr=1e-4, resume=True))
+        assert capsys.readouterr().out.splitlines() == [
+            "changed since the run began: lr 0.001 -> 0.0001",
+            "training is finished already",
+        ]
         for name, change in {
             "projection": {"embed_dim": 24},
             "text": {"text_cfg": {**TINY["text_cfg"], "width": 32}},
