@@ -43,6 +43,8 @@ def model_config(
                 f"unknown model {name!r}: take a name of open_clip.list_models(), for example ViT-B-16, or the path of "
                 "a .json file in its format"
             )
+    if "multimodal_cfg" in config:
+        raise UserError(f"{name} also learns to caption, with a loss of its own: train it with open_clip_glip.py")
     if image_tower is not None:
         library, _, tower = image_tower.partition(":")
         size = config["vision_cfg"].get("image_size", 224)
@@ -70,13 +72,16 @@ def create_model(config: Mapping[str, Any], weights: Path | None = None) -> Any:
 
     Args:
         config: see `model_config`.
-        weights: a file of weights of this model, or a folder that `save_model` wrote, whose positions are interpolated
-            if its images had another size. Random weights without it.
+        weights: a file of weights of this model, or a folder that `save_model` wrote: then images are normalised as
+            they were there, and positions are interpolated if images had another size. Random weights without it.
     """
     vision = dict(config["vision_cfg"])
     size = saved_size = vision.get("image_size", 224)
+    preprocessing = open_clip.transform.PreprocessCfg()
     if weights is not None and (weights / HF_CONFIG_NAME).is_file():
-        saved_size = model_config(str(weights))["vision_cfg"].get("image_size", size)
+        saved = json.loads((weights / HF_CONFIG_NAME).read_text(encoding="utf-8"))
+        saved_size = saved["model_cfg"]["vision_cfg"].get("image_size", size)
+        preprocessing = open_clip.transform.PreprocessCfg(**saved["preprocess_cfg"])
     tower = vision.get("transformers_model_name")
     if tower is not None:
         vision = {"layers": 1, "width": 64, "image_size": size}  # makes way for the tower
@@ -93,7 +98,7 @@ def create_model(config: Mapping[str, Any], weights: Path | None = None) -> Any:
             load_weights(model, weights)
         if resize is not None:
             resize(size)
-        open_clip.model.set_model_preprocess_cfg(model, vars(open_clip.transform.PreprocessCfg(size=size)))
+        open_clip.model.set_model_preprocess_cfg(model, vars(preprocessing) | {"size": size})
     return model
 
 

@@ -641,6 +641,7 @@ class TestMistakes:
         [
             ({"mask_ratio": 1.5}, r"mask_ratio .*1\.5"),
             ({"model": "ViT-B-17"}, "unknown model 'ViT-B-17'.*ViT-B-16"),
+            ({"model": "coca_ViT-B-32"}, "loss of its own"),
             ({"train_data": "/no/such/{000..002}.tar"}, "no shard /no/such/000.tar"),
             ({"train_data": "/no/such/*.tar"}, "no shard matches"),
             ({"train_data": "http://localhost/{000..002}.tar"}, "samples_per_epoch must be given"),
