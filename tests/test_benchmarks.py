@@ -35,6 +35,9 @@ CONTENDERS = {
 }
 
 
+pytestmark = pytest.mark.xdist_group("benchmarks")  # one quick run for all of them
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What a quick run leaves behind."""
@@ -48,7 +51,6 @@ def results(folder):
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.xdist_group("benchmarks")
 def test_a_run_leaves_the_figures_the_tables_and_the_plots(folder, results):
     left = {path.name for path in folder.iterdir()}
     assert left == {"results.json", "results.md", "layer.png", "step.png", "clip.png"}
@@ -58,7 +60,6 @@ def test_a_run_leaves_the_figures_the_tables_and_the_plots(folder, results):
     assert (folder / "results.md").read_text(encoding="utf-8").count("gaussmask tokens") > 0
 
 
-@pytest.mark.xdist_group("benchmarks")
 def test_every_contender_is_in_every_group(results):
     def key(row):
         return [str(row[name]) for name in GROUP]
@@ -77,7 +78,6 @@ def test_every_contender_is_in_every_group(results):
             assert row["peak_mib"] > 0
 
 
-@pytest.mark.xdist_group("benchmarks")
 def test_texts_go_between_the_markers_of_a_page_and_nowhere_else(results):
     page = "# Page\n\n<!-- results: cpu -->\nold\n<!-- end -->\n\n<!-- results: cuda -->\nkept\n<!-- end -->\nbehind\n"
     filled = report.fill(page, {"cpu": report.text(results), "other": "nowhere"})
