@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -206,10 +206,56 @@ def make_encoder(model: CLIP, config: Config) -> Encoder:
     return Encoder(model, tokenizer(config.context_length), config.device, config.precision)
 
 
+def pretrain_and_tune(
+    model: CLIP,
+    data: CaptionedImages,
+    config: Config,
+    seed: int,
+    *,
+    evaluate: Callable[[str, Encoder], None],
+    reveal: Callable[[], object],
+    tuning_data: CaptionedImages | None = None,
+    label: str = "",
+    curve_data: CaptionedImages | None = None,
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """The papers' protocol: train on few tokens, evaluate, tune for a short while on all tokens, evaluate again.
+
+    Args:
+        evaluate: called with a column of the papers' tables and the model: `"masked inference"` and `"unmasked"` after
+            the training, `"after tuning"` after the tuning, if there is one.
+        reveal: called between the first two; makes the model train on whole images from then on.
+        tuning_data: if it differs from `data`, as for a model that was trained on smaller images.
+
+    Returns:
+        The records of `train`, of the training and of the tuning.
+    """
+    encoder = make_encoder(model, config)
+    training = train(
+        model, data, config, epochs=config.epochs, lr=config.lr, seed=seed, label=label, curve_data=curve_data
+    )
+    evaluate("masked inference", encoder)
+    reveal()
+    evaluate("unmasked", encoder)
+    if config.tuning_epochs <= 0:
+        return training, []
+    tuning = train(
+        model,
+        data if tuning_data is None else tuning_data,
+        config,
+        epochs=config.tuning_epochs,
+        lr=config.tuning_lr,
+        seed=seed + 1_000_000,
+        label=f"{label}, unmasked tuning",
+        curve_data=curve_data,
+    )
+    evaluate("after tuning", encoder)
+    return training, tuning
+
+
 def run(
     method: str, train_data: CaptionedImages, test_data: CaptionedImages, config: Config, seed: int
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Train one model, evaluate it, tune it unmasked, and evaluate it again.
+    """`pretrain_and_tune` one model with masks.
 
     The initial weights and the order of the batches depend on `seed` only, not on the method. CLIP, which has no mask,
     goes through the tuning too, so that all methods have seen equally many images in every column.
@@ -222,39 +268,32 @@ def run(
     drop = make_drop(method, config.mask_ratio, sigma=config.sigma, sampling=config.sampling)
     if drop is not None:
         gaussmask.attach(model.visual, drop)
-    encoder = make_encoder(model, config)
-    name = f"{method}, seed {seed}"
-    curve_data = test_data.head(CURVE_IMAGES)
-    records = train(
-        model, train_data, config, epochs=config.epochs, lr=config.lr, seed=seed, label=name, curve_data=curve_data
-    )
-    speed = pd.Series([record["images_per_second"] for record in records]).median()
-    masked = math.nan if drop is None else zero_shot(encoder, test_data, masked=True)["top1"]
-    result = {
-        "method": method,
-        "seed": seed,
-        "masked inference": masked,
-        "unmasked": zero_shot(encoder, test_data)["top1"],
-        "after tuning": math.nan,
-        "images/s": speed,
-    }
-    if config.tuning_epochs > 0:
+    top1 = dict.fromkeys(("masked inference", "unmasked", "after tuning"), math.nan)
+
+    def evaluate(column: str, encoder: Encoder) -> None:
+        masked = column == "masked inference"
+        if not masked or drop is not None:
+            top1[column] = zero_shot(encoder, test_data, masked=masked)["top1"]
+
+    def reveal() -> None:
         if drop is not None:
             drop.mask_ratio = 0.0
-        tuning = train(
-            model,
-            train_data,
-            config,
-            epochs=config.tuning_epochs,
-            lr=config.tuning_lr,
-            seed=seed + 1_000_000,
-            label=f"{name}, unmasked tuning",
-            curve_data=curve_data,
-        )
-        seen = records[-1]["samples"]
-        records += [{**record, "samples": record["samples"] + seen} for record in tuning]
-        result["after tuning"] = zero_shot(encoder, test_data)["top1"]
-    return result, pd.DataFrame(records).assign(method=method, seed=seed)
+
+    training, tuning = pretrain_and_tune(
+        model,
+        train_data,
+        config,
+        seed,
+        evaluate=evaluate,
+        reveal=reveal,
+        label=f"{method}, seed {seed}",
+        curve_data=test_data.head(CURVE_IMAGES),
+    )
+    seen = training[-1]["samples"]
+    curve = pd.DataFrame([*training, *({**record, "samples": record["samples"] + seen} for record in tuning)])
+    speed = pd.Series([record["images_per_second"] for record in training]).median()
+    result = {"method": method, "seed": seed, **top1, "images/s": speed}
+    return result, curve.assign(method=method, seed=seed)
 
 
 def compare(

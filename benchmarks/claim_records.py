@@ -1,0 +1,71 @@
+"""The results of claims.py as a file of lines, one record per run, and what of it belongs to a setting."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from claim_plan import Run, Setting
+from clip_training import Config as Recipe
+
+Record = dict[str, Any]
+NOT_OF_THE_RECIPE = {"mask_ratio", "sigma", "sampling", "epochs", "tuning_epochs", "device"}
+DEFAULT_SPEED = 3e10  # operations per second of one run, as long as no run tells
+
+
+def read(file: Path) -> list[Record]:
+    """All records; none if there is no file."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write(file: Path, records: Sequence[Record]) -> None:
+    """Replace the file at once, so that it is whole whenever the program is killed."""
+    fresh = file.with_suffix(".part")
+    fresh.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in records), encoding="utf-8")
+    fresh.replace(file)
+
+
+def results_by_run(records: Sequence[Record], setting: Setting) -> dict[Run, dict[str, float]]:
+    """The figures of every training with this setting; records of other recipes are left out."""
+    found: dict[Run, dict[str, float]] = {}
+    for record in records:
+        if record["kind"] != "training":
+            continue
+        run = Run(**record["run"])
+        if _same(record, training_keys(run, setting)):
+            found.setdefault(run, {}).update(record["results"])
+    return found
+
+
+def training_keys(run: Run, setting: Setting) -> Record:
+    """What makes a training what it is."""
+    sizes = {name: getattr(setting, name) for name in ("steps", "tuning_steps", "test_images", "probe_images")}
+    return {"kind": "training", "run": asdict(run), "recipe": _portable(setting.recipe_of(run)), **sizes}
+
+
+def costs_keys(model: str, recipe: Recipe) -> Record:
+    """What makes a measurement of costs what it is."""
+    return {"kind": "costs", "model": model, "recipe": _portable(recipe)}
+
+
+def costs_of(records: Sequence[Record], model: str, recipe: Recipe) -> Record | None:
+    """The latest measurement."""
+    return next((record for record in reversed(records) if _same(record, costs_keys(model, recipe))), None)
+
+
+def pending(needed: Mapping[Run, set[str]], setting: Setting, records: Sequence[Record]) -> dict[Run, set[str]]:
+    """The runs of which a figure is missing."""
+    known = results_by_run(records, setting)
+    return {run: figures for run, figures in needed.items() if not figures <= known.get(run, {}).keys()}
+
+
+def _portable(recipe: Recipe) -> Record:
+    """What is common to all runs; a run on another device is the same run, and its record tells the machine."""
+    return {name: value for name, value in asdict(recipe).items() if name not in NOT_OF_THE_RECIPE}
+
+
+def _same(record: Record, keys: Record) -> bool:
+    return all(record.get(name) == value for name, value in keys.items())
