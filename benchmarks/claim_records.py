@@ -29,13 +29,13 @@ def write(file: Path, records: Sequence[Record]) -> None:
 
 
 def results_by_run(records: Sequence[Record], setting: Setting) -> dict[Run, dict[str, float]]:
-    """The figures of every training with this setting; records of other recipes are left out."""
+    """The figures of every training with this setting; records of other recipes and other data are left out."""
     found: dict[Run, dict[str, float]] = {}
     for record in records:
         if record["kind"] != "training":
             continue
         run = Run(**record["run"])
-        if _same(record, training_keys(run, setting)):
+        if run.data in setting.data_names and _same(record, training_keys(run, setting)):
             found.setdefault(run, {}).update(record["results"])
     return found
 

@@ -1,4 +1,4 @@
-"""Test the papers' claims: train the grid of runs, and keep every result.
+"""Test the papers' claims: train the grid of runs, keep every result, and write the report.
 
     python benchmarks/claims.py --data FOLDER --plan                 # what would be run, and what it costs
     python benchmarks/claims.py --data FOLDER --hours 2              # go on where the last call stopped
@@ -11,7 +11,7 @@ are evaluated, as WebDataset shards (`KEY.jpg`, `KEY.txt`, `KEY.cls`; with sever
 `meta.json` or `classnames.txt` that names the classes. Any other labelled set takes the same form.
 
 A run's result is in `claims.jsonl` as soon as it has ended, and the file is whole at any time; a run that is in it is
-not repeated. docs/claims-rule.md has the rule.
+not repeated. docs/claims-rule.md has the rule, docs/claims.md what came out.
 """
 
 import datetime
@@ -43,6 +43,7 @@ from claim_records import (
     training_keys,
     write,
 )
+from claim_report import save_report
 from claim_run import shard, train_and_evaluate, write_stand_ins
 from machine import describe_machine, git_commit, versions
 from tqdm import tqdm
@@ -65,7 +66,7 @@ class Config:
         workers: runs at a time; by default one per core on a CPU, with one thread each, and one on a GPU.
         plan: print the runs and what they cost, and stop.
         smoke: everything in tiny, on generated data and two seeds.
-        output: folder for claims.jsonl.
+        output: folder for claims.jsonl and the report.
     """
 
     data: Path | None = None
@@ -133,6 +134,7 @@ def _run(config: Config, setting: Setting, folder: Path, seeds: Sequence[int]) -
                 records.append(costs_keys(name, recipe) | costs | circumstances(commit, recipe.device, started))
                 write(file, records)
     train_all(config, setting, folder, needed, records, file, commit)
+    save_report(records, setting, config.output)
     print(f"left in {config.output}: {', '.join(sorted(path.name for path in config.output.iterdir()))}")
 
 
@@ -209,9 +211,8 @@ def describe(wanted: Sequence[Claim], setting: Setting, seeds: Sequence[int], re
 
 def speed(records: Sequence[Record], setting: Setting) -> float:
     """Operations per second of a run, from the runs that there are."""
-    done = [
-        (work(Run(**record["run"]), setting), record["seconds"]) for record in records if record["kind"] == "training"
-    ]
+    trainings = [(Run(**record["run"]), record["seconds"]) for record in records if record["kind"] == "training"]
+    done = [(work(run, setting), seconds) for run, seconds in trainings if run.data in setting.data_names]
     return sum(operations for operations, _ in done) / sum(seconds for _, seconds in done) if done else DEFAULT_SPEED
 
 

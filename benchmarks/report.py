@@ -1,7 +1,7 @@
 """From results.json to tables and plots.
 
     python benchmarks/report.py build/benchmarks/results.json
-    python benchmarks/report.py --pages benchmarks/README.md README.md
+    python benchmarks/report.py --pages benchmarks/README.md README.md docs/performance.md
 
 The first writes results.md and the plots next to the file. The second puts every file of benchmarks/results into the
 pages, between `<!-- results: NAME -->` and `<!-- end -->`, where NAME.json is the file; NAME-summary is its upshot.

@@ -1,0 +1,352 @@
+"""From claims.jsonl to verdicts, tables and plots.
+
+    python benchmarks/claim_report.py                 # docs/claims.md, README.md and the plots, from benchmarks/results
+    python benchmarks/claim_report.py --records build/claims/claims.jsonl --output build/claims
+
+The first puts its texts between `<!-- results: NAME -->` and `<!-- end -->` of the pages. The second writes a page of
+its own. Nothing is computed but means, Student's t intervals, and the verdicts of docs/claims-rule.md.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import tyro
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from claim_costs import BASELINE
+from claim_plan import RATIO, RATIOS, Claim, Row, Run, Setting, claims, full_setting
+from claim_records import Record, costs_of, read, results_by_run
+from claim_statistics import CONTRADICTED, NOT_ENOUGH, SHOWN, Difference, combined, difference, verdict
+from report import fill, markdown
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "benchmarks" / "results" / "claims.jsonl"
+PAGES = (ROOT / "docs" / "claims.md", ROOT / "README.md")
+PLOTS = ROOT / "docs" / "claims"
+COSTS = Claim("C2", "It costs no more than FLIP", [], ("GLIP", "FLIP"))
+SPEED_MARGIN, MEMORY_LIMIT = math.log(0.97), 1.03
+Results = dict[Run, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row with what came out.
+
+    Args:
+        sides: mean figures of the two runs of the pairs, over those seeds that have both.
+        found: None without a seed that has both.
+        passes: how often a training image was seen.
+    """
+
+    row: Row
+    sides: tuple[float, float] | None = None
+    found: Difference | None = None
+    passes: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.found, self.row.margin)
+
+
+def main(records: Path = RECORDS, output: Path | None = None) -> None:
+    """Render results.
+
+    Args:
+        records: claims.jsonl of a run.
+        output: folder for the page and the plots; by default the pages of the repository are brought up to date.
+    """
+    setting = full_setting("cpu")
+    found = read(records)
+    if output is not None:
+        save_report(found, setting, output)
+        return
+    texts = all_texts(found, setting)
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8"), texts), encoding="utf-8")
+    PLOTS.mkdir(exist_ok=True)
+    save_plots(found, setting, PLOTS)
+
+
+def save_report(records: Sequence[Record], setting: Setting, folder: Path) -> None:
+    """Write claims.md, a page with everything, and the plots."""
+    texts = all_texts(records, setting)
+    parts = [f"# The papers' claims\n\n{texts['claims-summary']}\n\n{texts['claims-origin']}"]
+    for claim in (*claims(setting), COSTS):
+        parts.append(f"## {claim.name}: {claim.title}\n\n![{claim.name}]({claim.name}.png)\n\n{texts[key(claim)]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "claims.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    save_plots(records, setting, folder)
+
+
+def key(claim: Claim) -> str:
+    """The name of a claim's text."""
+    return f"claims-{claim.name}"
+
+
+def all_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
+    """By name: a text for every claim, `claims-summary`, `claims-line` for the README, `claims-origin`."""
+    results = results_by_run(records, setting)
+    judged = {claim.name: judge(claim, results) for claim in claims(setting)}
+    texts = {key(claim): claim_text(claim, judged[claim.name]) for claim in claims(setting)}
+    texts[key(COSTS)] = costs_text(records, setting)
+    decided = [claim for claim in claims(setting) if any(row.primary for row in claim.rows)]
+    summary = {claim.name: summary_row(claim, judged[claim.name]) for claim in decided}
+    summary[COSTS.name] = costs_summary_row(records, setting)
+    texts["claims-summary"] = markdown(pd.DataFrame([summary[name] for name in sorted(summary)]))
+    texts["claims-line"] = "; ".join(f"{row['claim']}: {row['verdict']}" for _, row in sorted(summary.items())) + "."
+    texts["claims-origin"] = origin(records)
+    return texts
+
+
+def judge(claim: Claim, results: Results) -> list[Judged]:
+    """Every row of a claim."""
+    return [_judge(row, results) for row in claim.rows]
+
+
+def _judge(row: Row, results: Results) -> Judged:
+    firsts, seconds = [], []
+    for seed in sorted({run.seed for run in results}):
+        first, second = (_mean_figure(row, side, seed, results) for side in (0, 1))
+        if first is not None and second is not None:
+            firsts.append(first)
+            seconds.append(second)
+    if not firsts:
+        return Judged(row)
+    sides = (sum(firsts) / len(firsts), sum(seconds) / len(seconds))
+    passes = next(known["passes"] for run, known in results.items() if replace(run, seed=0) == row.pairs[0][0])
+    return Judged(row, sides, difference([a - b for a, b in zip(firsts, seconds, strict=True)]), passes)
+
+
+def _mean_figure(row: Row, side: int, seed: int, results: Results) -> float | None:
+    """Over pairs and figures, of one side of the pairs; None if one of them is missing."""
+    values = []
+    for pair in row.pairs:
+        known = results.get(replace(pair[side], seed=seed), {})
+        values += [known.get(figure) for figure in row.figures]
+    complete = [value for value in values if value is not None]
+    return sum(complete) / len(values) if len(complete) == len(values) else None
+
+
+def claim_text(claim: Claim, judged: Sequence[Judged]) -> str:
+    """The verdict, if the claim has primary rows, and the table."""
+    table = markdown(pd.DataFrame([_cells(claim, row) for row in judged]))
+    primary = [row for row in judged if row.row.primary]
+    if not primary:
+        return table
+    rows = "; ".join(f"{_name(row.row)}: {interval(row.found)}, {row.verdict}" for row in primary)
+    return f"**{claim.name} is {_said(combined(row.verdict for row in primary))}.** {rows}.\n\n{table}"
+
+
+def _said(word: str) -> str:
+    return "not decided: not enough runs" if word == NOT_ENOUGH else word
+
+
+def _cells(claim: Claim, judged: Judged) -> dict[str, str]:
+    row = judged.row
+    sides = [f"{value:.2f}" for value in judged.sides] if judged.sides else ["–", "–"]
+    mark = "**" if row.primary else ""
+    margin = f" (above {row.margin:g})" if row.margin else ""
+    return {
+        **row.labels,
+        **({"each image seen": "–" if judged.passes is None else f"{judged.passes:.3g} times"} if claim.passes else {}),
+        **dict(zip(claim.sides, sides, strict=True)),
+        "difference (95 %)": interval(judged.found),
+        "n": str(judged.found.n if judged.found else 0),
+        "verdict": f"{mark}{judged.verdict}{margin}{mark}",
+    }
+
+
+def _name(row: Row) -> str:
+    return ", ".join(row.labels.values())
+
+
+def interval(found: Difference | None) -> str:
+    """As text, with a sign; points."""
+    if found is None:
+        return "–"
+    if found.n == 1:
+        return f"{found.mean:+.2f}"
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def summary_row(claim: Claim, judged: Sequence[Judged]) -> dict[str, str]:
+    primary = [row for row in judged if row.row.primary]
+    said = "; ".join(f"{_name(row.row)}: {interval(row.found)}" for row in primary)
+    return {
+        "claim": f"{claim.name} {claim.title[0].lower()}{claim.title[1:]}",
+        "verdict": f"**{combined(row.verdict for row in primary)}**",
+        "primary rows: difference in points (95 %)": said,
+    }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs at one ratio; logarithms of ratios of images per second.
+
+    Args:
+        speed: of GLIP to FLIP.
+        memory: peak of GLIP over that of FLIP.
+        speed_ups: of FLIP and of GLIP over CLIP.
+        ceiling: of the two, by the arithmetic.
+    """
+
+    model: str
+    batch: int
+    mask_ratio: float
+    speed: Difference
+    memory: float
+    speed_ups: tuple[Difference, Difference]
+    ceiling: float
+
+    @property
+    def verdict(self) -> str:
+        by_speed = verdict(self.speed, SPEED_MARGIN)
+        if by_speed == NOT_ENOUGH:
+            return by_speed
+        return combined([by_speed, SHOWN if self.memory < MEMORY_LIMIT else CONTRADICTED])
+
+
+def judge_costs(records: Sequence[Record], setting: Setting) -> list[Cost]:
+    """Every model at every ratio, from its latest measurement."""
+    found = []
+    for name, recipe in setting.cost_models.items():
+        record = costs_of(records, name, recipe)
+        if record is None:
+            continue
+        milliseconds, peaks = record["milliseconds"], record["peak_mib"]
+
+        def faster(one: str, other: str, times: dict[str, list[float]] = milliseconds) -> Difference:
+            return difference([math.log(b / a) for a, b in zip(times[one], times[other], strict=True)])
+
+        for ratio in RATIOS:
+            flip, glip = f"flip {ratio:g}", f"glip {ratio:g}"
+            speed_ups = (faster(flip, BASELINE), faster(glip, BASELINE))
+            memory = peaks[glip] / peaks[flip]
+            ceiling = record["ceiling"][flip]
+            found.append(Cost(name, record["batch"], ratio, faster(glip, flip), memory, speed_ups, ceiling))
+    return found
+
+
+def costs_text(records: Sequence[Record], setting: Setting) -> str:
+    costs = judge_costs(records, setting)
+    if not costs:
+        return "Not measured."
+    cells = [
+        {
+            "model": f"{cost.model}, batch {cost.batch}",
+            "ratio": f"{cost.mask_ratio:g}",
+            "images/s, GLIP / FLIP (95 %)": times(cost.speed),
+            "peak memory, GLIP / FLIP": f"{cost.memory:.3f}",
+            "speed-up of FLIP over CLIP": times(cost.speed_ups[0], 2),
+            "of GLIP": times(cost.speed_ups[1], 2),
+            "ceiling": f"{cost.ceiling:.2f}",
+            "n": str(cost.speed.n),
+            "verdict": f"**{cost.verdict}**" if cost.mask_ratio == RATIO else cost.verdict,
+        }
+        for cost in costs
+    ]
+    primary = [cost for cost in costs if cost.mask_ratio == RATIO]
+    rows = "; ".join(f"{cost.model}: {times(cost.speed)}, memory {cost.memory:.3f}, {cost.verdict}" for cost in primary)
+    said = _said(combined(cost.verdict for cost in primary))
+    return f"**{COSTS.name} is {said}.** {rows}.\n\n{markdown(pd.DataFrame(cells))}"
+
+
+def costs_summary_row(records: Sequence[Record], setting: Setting) -> dict[str, str]:
+    primary = [cost for cost in judge_costs(records, setting) if cost.mask_ratio == RATIO]
+    said = "; ".join(f"{cost.model}: {times(cost.speed)} of FLIP's images/s" for cost in primary)
+    return {
+        "claim": f"{COSTS.name} {COSTS.title[0].lower()}{COSTS.title[1:]}",
+        "verdict": f"**{combined(cost.verdict for cost in primary)}**",
+        "primary rows: difference in points (95 %)": said,
+    }
+
+
+def times(found: Difference, digits: int = 3) -> str:
+    """A ratio, from its logarithm."""
+    middle, low, high = (f"{math.exp(value):.{digits}f}" for value in (found.mean, found.low, found.high))
+    return f"{middle}× [{low}, {high}]"
+
+
+def origin(records: Sequence[Record]) -> str:
+    """How many runs come from which machine, versions and commits, and how long they took."""
+    places: Counter[str] = Counter()
+    for record in records:
+        machine = record["machine"]
+        where = f"{machine['cpu']}, {machine['instructions']}, {machine['cores']} cores, {machine['os']}"
+        libraries = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        commit = record["commit"][:12] if record["commit"] else "unknown"
+        kind = "costs" if record["kind"] == "costs" else "trainings"
+        where = f"{machine['gpu']}; {where}" if machine["gpu"] else where
+        places[f"{kind} on {record['date'][:10]}: {where}; {libraries}; commit {commit}"] += 1
+    hours = sum(record["seconds"] for record in records) / 3600
+    lines = [f"- {count} {place}" for place, count in places.items()]
+    return "\n".join([f"{len(records)} records, {hours:.1f} hours in all, with one thread per training:", "", *lines])
+
+
+def save_plots(records: Sequence[Record], setting: Setting, folder: Path) -> None:
+    """A plot for every claim, which carries the digest of what it shows."""
+    digest = {"Records": records_digest(records)}
+    results = results_by_run(records, setting)
+    for claim in claims(setting):
+        judged = judge(claim, results)
+        plot(claim, judged).savefig(folder / f"{claim.name}.png", dpi=120, metadata=digest)
+    plot_costs(judge_costs(records, setting)).savefig(folder / f"{COSTS.name}.png", dpi=120, metadata=digest)
+
+
+def records_digest(records: Sequence[Record]) -> str:
+    """Of all records: a plot with another one is out of date."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
+def plot(claim: Claim, judged: Sequence[Judged]) -> Figure:
+    """Every row's difference with its interval; primary rows filled, those without enough runs grey."""
+    figure = Figure(figsize=(8, 1.1 + 0.24 * len(judged)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(judged):
+        if row.found is None:
+            continue
+        enough = row.verdict != NOT_ENOUGH
+        spread = [[row.found.mean - row.found.low], [row.found.high - row.found.mean]] if enough else None
+        color = "C0" if enough else "0.6"
+        face = color if row.row.primary else "white"
+        axes.errorbar(row.found.mean, place, xerr=spread, fmt="o", color=color, markerfacecolor=face, capsize=2)
+    for margin in {0.0, *(row.row.margin for row in judged)}:
+        axes.axvline(margin, color="black", linewidth=0.8, linestyle="-" if margin == 0 else ":")
+    axes.set_yticks(range(len(judged)), [_name(row.row) for row in judged], fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{claim.sides[0]} − {claim.sides[1]}, points (95 % interval over seeds)")
+    axes.set_title(f"{claim.name}: {claim.title}", fontsize="medium")
+    return figure
+
+
+def plot_costs(costs: Sequence[Cost]) -> Figure:
+    """Speed-ups over CLIP, with the ceiling."""
+    models = list(dict.fromkeys(cost.model for cost in costs)) or [""]
+    figure = Figure(figsize=(4.2 * len(models), 3.2), layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        own = [cost for cost in costs if cost.model == model]
+        for side, (name, shift) in enumerate((("FLIP", -0.2), ("GLIP", 0.2))):
+            middle = [math.exp(cost.speed_ups[side].mean) for cost in own]
+            low = [value - math.exp(cost.speed_ups[side].low) for value, cost in zip(middle, own, strict=True)]
+            high = [math.exp(cost.speed_ups[side].high) - value for value, cost in zip(middle, own, strict=True)]
+            axes.bar(
+                [place + shift for place in range(len(own))], middle, 0.38, yerr=[low, high], label=name, capsize=2
+            )
+        for place, cost in enumerate(own):
+            axes.hlines(cost.ceiling, place - 0.4, place + 0.4, color="black")
+        axes.set_xticks(range(len(own)), [f"{cost.mask_ratio:g}" for cost in own])
+        axes.set(title=model, xlabel="share of patches dropped", ylabel="images/s / CLIP (lines: ceiling)")
+        axes.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,331 @@
+"""The claims: one recipe for all methods, statistics that SciPy agrees with, runs that are never repeated or torn."""
+
+import json
+import math
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+import gaussmask
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import claim_report
+import claim_run
+import claims
+from claim_plan import MAY_DIFFER, SCENES, DataSet, Run, flip, full_setting, glip, plan, smoke_setting, weighted
+from claim_records import pending, read, results_by_run, training_keys, write
+from claim_statistics import CONTRADICTED, NOT_ENOUGH, NOT_SHOWN, SHOWN, Difference, combined, difference, verdict
+from user_errors import UserError
+
+SETTING = smoke_setting()
+FULL = full_setting("cpu")
+README = claim_report.ROOT / "README.md"
+
+
+def record(run, setting=FULL, **results):
+    circumstances = claims.circumstances(None, "cpu", 0.0)
+    return {**training_keys(run, setting), "results": results, **circumstances}
+
+
+pytestmark = pytest.mark.xdist_group("claims")  # one smoke run for all of them
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stand-ins") / "data"
+    claim_run.write_stand_ins(folder, SETTING)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """What a smoke run leaves behind."""
+    output = tmp_path_factory.mktemp("claims")
+    claims.main(claims.Config(smoke=True, output=output, device="cpu"))
+    return output
+
+
+class TestStatistics:
+    @pytest.mark.parametrize("n", [2, 5, 12])
+    def test_the_interval_is_that_of_the_paired_t_test(self, n):
+        rng = np.random.default_rng(n)
+        first, second = rng.normal(50, 2, n), rng.normal(49, 2, n)
+        found = difference(list(first - second))
+        low, high = stats.ttest_rel(first, second).confidence_interval(0.95)
+        assert (found.n, found.mean) == (n, pytest.approx((first - second).mean()))
+        assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+
+    def test_one_run_has_no_interval_and_none_no_difference(self):
+        assert math.isnan(difference([1.0]).low)
+        with pytest.raises(ValueError, match="at least one pair"):
+            difference([])
+
+    def test_one_interval_in_twenty_misses_the_truth(self):
+        rng = np.random.default_rng(0)
+        found = [difference(list(rng.normal(0.3, 1, 5))) for _ in range(2000)]
+        missed = sum(not one.low < 0.3 < one.high for one in found)
+        assert stats.binomtest(missed, 2000, 0.05).pvalue > 0.01
+
+    @pytest.mark.parametrize(
+        ("n", "low", "high", "margin", "said"),
+        [
+            (5, 0.1, 0.9, 0.0, SHOWN),
+            (5, -0.1, 0.9, 0.0, NOT_SHOWN),
+            (5, -0.9, -0.1, 0.0, CONTRADICTED),
+            (5, -0.9, -0.1, -1.0, SHOWN),
+            (5, -1.9, -1.1, -1.0, CONTRADICTED),
+            (4, 0.1, 0.9, 0.0, NOT_ENOUGH),
+        ],
+    )
+    def test_verdicts_follow_the_rule(self, n, low, high, margin, said):
+        assert verdict(Difference(n, (low + high) / 2, low, high), margin) == said
+        assert verdict(None) == NOT_ENOUGH
+
+    @pytest.mark.parametrize(
+        ("rows", "said"),
+        [
+            ([SHOWN, SHOWN], SHOWN),
+            ([SHOWN, NOT_SHOWN], NOT_SHOWN),
+            ([SHOWN, CONTRADICTED], CONTRADICTED),
+            ([CONTRADICTED, NOT_ENOUGH], NOT_ENOUGH),
+            ([], NOT_ENOUGH),
+        ],
+    )
+    def test_a_claim_follows_from_its_primary_rows(self, rows, said):
+        assert combined(rows) == said
+
+
+class TestPlan:
+    @pytest.mark.parametrize("setting", [FULL, SETTING], ids=["full", "smoke"])
+    def test_both_runs_of_a_pair_have_the_recipe_and_all_but_the_mask_in_common(self, setting):
+        for claim in claims.claims(setting):
+            for row in claim.rows:
+                for first, second in row.pairs:
+                    differ = {name for name, value in asdict(first).items() if value != getattr(second, name)}
+                    assert differ
+                    assert differ <= MAY_DIFFER
+                    assert setting.recipe_of(first) == setting.recipe_of(second)
+
+    def test_every_run_is_planned_once_for_every_seed_with_all_figures_that_rows_ask_for(self):
+        needed = plan(claims.claims(FULL), (3, 4))
+        assert {run.seed for run in needed} == {3, 4}
+        assert {replace(run, seed=3) for run in needed if run.seed == 4} == {run for run in needed if run.seed == 3}
+        shared = needed[replace(flip("cifar10", 0.75), seed=3)]
+        assert shared >= {"masked.test.top1", "tuned.test.top1", "tuned.test.probe"}
+
+    def test_the_rule_says_what_is_run(self):
+        rule = " ".join((claim_report.ROOT / "docs" / "claims-rule.md").read_text(encoding="utf-8").split())
+        recipe = FULL.recipe
+        assert f"width {recipe.width}, depth {recipe.depth}, heads of {recipe.head_width}" in rule
+        assert f"{FULL.steps} steps of {recipe.batch_size} images" in rule
+        assert f"{FULL.tuning_steps} steps of {recipe.batch_size} whole images" in rule
+        assert f"{FULL.num_scenes:,} for training" in rule
+        assert f"lr {recipe.lr:.0e}".replace("e-0", "e-") in rule
+        for claim in claims.claims(FULL):
+            if any(row.primary for row in claim.rows):
+                assert f"| {claim.name} " in rule
+
+
+class TestRuns:
+    def test_the_masks_are_all_that_differs(self, folder, monkeypatch):
+        """With the same drop for all of them, every method comes out the same."""
+        monkeypatch.setattr(claim_run, "make_drop", lambda *args, **kwargs: gaussmask.RandomPatchDropout(0.5))
+        runs = [flip("cifar10"), glip("cifar10"), weighted("cifar10"), glip("cifar10", sigma=0.05)]
+        found = [claim_run.train_and_evaluate(replace(run, seed=7), (), SETTING, folder) for run in runs]
+        assert all(results == found[0] for results in found)
+
+    def test_a_run_repeats_itself_and_seeds_differ(self, folder):
+        run = glip("tiny-imagenet", 0.918)
+        once, again = (claim_run.train_and_evaluate(run, (), SETTING, folder) for _ in range(2))
+        other = claim_run.train_and_evaluate(replace(run, seed=1), (), SETTING, folder)
+        assert once == again
+        assert once != other
+        splits = SETTING.data_set("tiny-imagenet").splits
+        assert {name for name in once if name.endswith("top1")} == {
+            f"{stage}.{split}.top1" for stage in ("masked", "unmasked", "tuned") for split in splits
+        }
+
+    def test_reclip_trains_on_small_images_and_tunes_on_whole_ones(self, folder, monkeypatch):
+        seen = []
+        train = claim_run.pretrain_and_tune
+
+        def spy(model, data, config, *args, tuning_data, **kwargs):
+            seen.append((data.images.shape[-1], model.visual.patch_embed.num_patches, tuning_data.images.shape[-1]))
+            return train(model, data, config, *args, tuning_data=tuning_data, **kwargs)
+
+        monkeypatch.setattr(claim_run, "pretrain_and_tune", spy)
+        claim_run.train_and_evaluate(Run("cifar10", "reclip", 0.918), (), SETTING, folder)
+        assert seen == [(8, 4, 32)]
+
+    def test_the_images_of_scenes_are_those_of_the_run(self):
+        central, anywhere = (Run(SCENES, "flip", 0.75, centering=c, object_size=0.4) for c in (1.0, 0.0))
+        first, second = (claim_run.train_data(run, SETTING, Path()) for run in (central, anywhere))
+        assert len(first) == SETTING.steps * SETTING.recipe.batch_size
+        assert not torch.equal(first.images, second.images)
+        few = claim_run.train_data(replace(central, train_images=8), SETTING, Path())
+        assert torch.equal(few.images, first.images[:8])
+        with pytest.raises(ValueError, match="centering"):
+            claim_run.train_data(Run(SCENES, "flip", 0.75), SETTING, Path())
+
+    def test_a_set_smaller_than_a_batch_is_refused(self, folder):
+        setting = replace(SETTING, recipe=replace(SETTING.recipe, batch_size=1000))
+        with pytest.raises(ValueError, match="cifar10 has 160 training images"):
+            claim_run.train_and_evaluate(flip("cifar10"), (), setting, folder)
+
+
+class TestRecords:
+    def test_a_finished_run_is_not_pending_and_one_with_a_missing_figure_is(self):
+        run = replace(flip("cifar10"), seed=2)
+        needed = {run: {"tuned.test.top1"}, replace(run, seed=3): {"tuned.test.top1"}}
+        done = record(run, **{"tuned.test.top1": 50.0})
+        assert list(pending(needed, FULL, [done])) == [replace(run, seed=3)]
+        assert list(pending({run: {"tuned.test.probe"}}, FULL, [done])) == [run]
+
+    @pytest.mark.parametrize("change", [{"steps": 1}, {"tuning_steps": 1}, {"recipe": replace(FULL.recipe, lr=1.0)}])
+    def test_a_run_with_another_recipe_is_another_run(self, change):
+        run = flip("cifar10")
+        assert results_by_run([record(run, replace(FULL, **change), a=1.0)], FULL) == {}
+        assert results_by_run([record(run, FULL, a=1.0)], FULL) == {run: {"a": 1.0}}
+
+    def test_records_of_other_data_are_left_alone(self):
+        cifar_only = full_setting("cpu", (DataSet("cifar10", 32),))
+        known = [record(flip("tiny-imagenet"), a=1.0), record(flip("cifar10"), a=2.0)]
+        assert results_by_run(known, cifar_only) == {flip("cifar10"): {"a": 2.0}}
+        assert claims.describe(claims.claims(cifar_only), cifar_only, (0,), known)
+
+    def test_what_is_written_is_read_and_replaces_the_file_at_once(self, tmp_path, monkeypatch):
+        file, records = tmp_path / "claims.jsonl", [record(flip("cifar10"), a=1.0)]
+        assert read(file) == []
+        write(file, records)
+        assert read(file) == records
+
+        def killed(self, target):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(file, records * 2)
+        assert read(file) == records
+
+
+class TestReport:
+    def figures(self, run, points):
+        return {f"{stage}.test.top1": points for stage in ("masked", "unmasked", "tuned")} | {"passes": 1.5}
+
+    def test_differences_are_paired_by_seed_and_averaged_within_it(self):
+        """Against the same sums on a plain table: seeds 0 to 4, and one seed without its partner."""
+        rng = np.random.default_rng(1)
+        top1 = rng.normal(50, 3, (3, 2, 6))
+        records = []
+        for at, ratio in enumerate((0.5, 0.75, 0.918)):
+            for side, method in enumerate((glip, flip)):
+                for seed in range(6 if side == 0 else 5):
+                    run = replace(method("cifar10", ratio), seed=seed)
+                    records.append(record(run, **self.figures(run, top1[at, side, seed])))
+        c1 = next(claim for claim in claims.claims(FULL) if claim.name == "C1")
+        judged = {tuple(row.row.labels.values()): row for row in claim_report.judge(c1, results_by_run(records, FULL))}
+        mean = judged["cifar10", "tuned", "mean"]
+        expected = (top1[:, 0, :5] - top1[:, 1, :5]).mean(axis=0)
+        interval = stats.ttest_1samp(expected, 0).confidence_interval(0.95)
+        assert mean.found.n == 5
+        assert mean.found.mean == pytest.approx(expected.mean())
+        assert (mean.found.low, mean.found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+        assert mean.row.primary
+        assert judged["cifar10", "tuned", "0.5"].sides[1] == pytest.approx(top1[0, 1, :5].mean())
+        assert judged["tiny-imagenet", "tuned", "mean"].verdict == NOT_ENOUGH
+
+    def test_costs_are_ratios_of_images_per_second(self):
+        recipe = FULL.cost_models["the recipe's model"]
+        milliseconds = {"clip": [400.0] * 5}
+        for ratio in ("0.5", "0.75", "0.918"):
+            milliseconds |= {f"flip {ratio}": [100.0] * 5, f"glip {ratio}": [99.0, 100.0, 101.0, 100.0, 100.0]}
+        costs = {
+            "batch": 8,
+            "milliseconds": milliseconds,
+            "peak_mib": dict.fromkeys(milliseconds, 10.0),
+            "ceiling": dict.fromkeys(milliseconds, 4.5),
+        }
+        keys = claims.costs_keys("the recipe's model", recipe)
+        found = claim_report.judge_costs([keys | costs], FULL)
+        assert [cost.mask_ratio for cost in found] == [0.5, 0.75, 0.918]
+        assert math.exp(found[1].speed.mean) == pytest.approx(1, abs=1e-4)
+        assert math.exp(found[1].speed_ups[0].mean) == pytest.approx(4)
+        assert [cost.verdict for cost in found] == [SHOWN] * 3
+        heavy = costs | {"peak_mib": {name: 10.4 if "glip" in name else 10.0 for name in milliseconds}}
+        assert claim_report.judge_costs([keys | heavy], FULL)[1].verdict == CONTRADICTED
+        slow = {name: [2 * ms for ms in rounds] if "glip" in name else rounds for name, rounds in milliseconds.items()}
+        assert claim_report.judge_costs([keys | costs | {"milliseconds": slow}], FULL)[1].verdict == CONTRADICTED
+
+    def test_the_pages_and_plots_show_the_records_that_lie_in_the_repository(self):
+        records = read(claim_report.RECORDS)
+        assert records
+        texts = claim_report.all_texts(records, FULL)
+        for page in claim_report.PAGES:
+            text = page.read_text(encoding="utf-8")
+            assert text == claim_report.fill(text, texts), "run `python benchmarks/claim_report.py`"
+        page = claim_report.PAGES[0].read_text(encoding="utf-8")
+        for name in texts:
+            assert f"<!-- results: {name} -->" in (
+                page if name != "claims-line" else README.read_text(encoding="utf-8")
+            )
+        digest = claim_report.records_digest(records)
+        for claim in (*claims.claims(FULL), claim_report.COSTS):
+            with Image.open(claim_report.PLOTS / f"{claim.name}.png") as plot:
+                assert plot.info["Records"] == digest, "run `python benchmarks/claim_report.py`"
+
+
+class TestCommand:
+    def test_smoke_runs_everything(self, output):
+        left = {path.name for path in output.iterdir()}
+        names = {claim.name for claim in (*claims.claims(SETTING), claim_report.COSTS)}
+        assert left == {"claims.jsonl", "claims.md"} | {f"{name}.png" for name in names}
+        records = read(output / "claims.jsonl")
+        needed = plan(claims.claims(SETTING), (0, 1))
+        assert not pending(needed, SETTING, records)
+        assert len(records) == len(needed) + len(SETTING.cost_models)
+        assert all(record.keys() >= {"seconds", "date", "machine", "versions", "commit"} for record in records)
+        page = (output / "claims.md").read_text(encoding="utf-8")
+        assert page.count("not enough runs") > 50
+        assert "| each image seen |" in page
+        assert "nan" not in page
+
+    def test_a_second_call_repeats_nothing_and_goes_on_where_the_first_stopped(self, output, capsys):
+        file = output / "claims.jsonl"
+        records = read(file)
+        write(file, records[:-2])
+        claims.main(claims.Config(smoke=True, output=output, device="cpu", only=("border",), workers=1))
+        assert "2 of 2 runs" in capsys.readouterr().out
+        again = read(file)
+        assert again[:-2] == records[:-2]
+        results = [[json.dumps(one["results"]) for one in some if "results" in one] for some in (again, records)]
+        assert sorted(results[0]) == sorted(results[1])
+
+    def test_no_run_starts_after_the_time_is_up(self, output, tmp_path):
+        claims.main(claims.Config(smoke=True, output=tmp_path, device="cpu", only=("C1",), hours=0))
+        assert not read(tmp_path / "claims.jsonl")
+
+    def test_the_plan_says_what_is_left(self, capsys, tmp_path):
+        claims.main(claims.Config(data=tmp_path, plan=True, output=tmp_path, device="cpu"))
+        lines = capsys.readouterr().out.splitlines()
+        assert next(line for line in lines if line.startswith("| all")).split("|")[3].strip() == str(
+            len(plan(claims.claims(FULL), range(5)))
+        )
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({}, "--data is missing"),
+            ({"data": Path("nowhere")}, "neither .* in nowhere"),
+            ({"data": Path("nowhere"), "only": ("C9",)}, "only must be of C1"),
+            ({"data": Path("nowhere"), "class_sets": ("stl10",)}, "NAME:SIZE:SPLIT"),
+        ],
+    )
+    def test_what_the_user_can_mend_is_said(self, changes, message, tmp_path):
+        with pytest.raises(UserError, match=message):
+            claims.main(claims.Config(**changes, output=tmp_path, device="cpu"))
