@@ -28,12 +28,12 @@ from .scores import (
 from .validation import (
     check_center,
     check_count,
+    check_flag,
     check_grid_holds,
     check_grid_size,
     check_keep_indices,
     check_mask_ratio,
     check_sampling,
-    check_sigma,
     check_tokens,
     square_grid_size,
 )
@@ -69,6 +69,7 @@ def sample_keep_indices(
     """Draw the patches that each image keeps.
 
     Args:
+        batch_size: number of images.
         grid_size: (H, W), patches per column and row.
         mask_ratio: share of the patches that is dropped, in [0, 1); see `num_kept_patches`.
         sigma: variance of the Gaussian (GLIP), or None for uniform sampling (FLIP).
@@ -76,6 +77,7 @@ def sample_keep_indices(
         sampling: `"additive"` or `"weighted"`, see `gaussian_scores`.
         ordered: ascending indices.
         generator: source of randomness on `device`; None is the global one.
+        device: of the indices.
 
     Returns:
         (batch_size, K) int64, without repetition in a row.
@@ -85,11 +87,12 @@ def sample_keep_indices(
     """
     batch_size, grid_size = check_count("batch_size", batch_size), check_grid_size(grid_size)
     mask_ratio, center, sampling = check_mask_ratio(mask_ratio), check_center(center), check_sampling(sampling)
+    ordered = check_flag(ordered)
     coords = patch_coordinates(grid_size, device=device).expand(batch_size, -1, -1)
     if sigma is None:
         scores = uniform_scores(coords, generator)
     else:
-        scores = gaussian_scores(coords, check_sigma(sigma), center=center, sampling=sampling, generator=generator)
+        scores = gaussian_scores(coords, sigma, center=center, sampling=sampling, generator=generator)
     return top_patches(scores, num_kept_patches(math.prod(grid_size), mask_ratio), ordered=ordered)
 
 
@@ -98,7 +101,9 @@ def token_indices(keep_indices: Tensor, num_patches: int, num_prefix_tokens: int
 
     Args:
         keep_indices: (B, K), counted over the patches.
-        num_patches, num_prefix_tokens, num_suffix_tokens: N, P and S.
+        num_patches: N.
+        num_prefix_tokens: P.
+        num_suffix_tokens: S.
 
     Returns:
         (B, P + K + S), counted over the P + N + S tokens.
@@ -106,7 +111,7 @@ def token_indices(keep_indices: Tensor, num_patches: int, num_prefix_tokens: int
     if num_prefix_tokens == num_suffix_tokens == 0:
         return keep_indices
     num_tokens = num_prefix_tokens + num_patches + num_suffix_tokens
-    always = torch.arange(num_tokens, device=keep_indices.device).expand(len(keep_indices), -1)
+    always = torch.arange(num_tokens, device=keep_indices.device).expand(keep_indices.shape[0], -1)
     suffix = always[:, num_tokens - num_suffix_tokens :]
     return torch.cat([always[:, :num_prefix_tokens], keep_indices + num_prefix_tokens, suffix], dim=1)
 
@@ -139,14 +144,15 @@ def take_tokens(x: Tensor, keep_indices: Tensor, num_prefix_tokens: int = 0) -> 
         (B, P + K, D).
 
     Raises:
-        ValueError: for `keep_indices` of another dtype, rank or batch; for indices outside [0, N) on the CPU in eager
-            mode. Elsewhere these are caught by the device's own assertion; another image's token is never returned.
+        ValueError: for `keep_indices` of another dtype, rank, batch or device; for indices outside [0, N) on the CPU
+            in eager mode. Elsewhere these are caught by the device's own assertion; another image's token is never
+            returned.
     """
     num_prefix_tokens = check_count("num_prefix_tokens", num_prefix_tokens)
     check_tokens(x, num_prefix_tokens)
     batch_size, length, _ = x.shape
     num_patches = length - num_prefix_tokens
-    check_keep_indices(keep_indices, batch_size)
+    check_keep_indices(keep_indices, batch_size, x.device)
     # In the flattened tokens an index out of range would be a row of another image. Sent behind the last row, it is
     # refused by index_select itself, on every device and without a synchronisation.
     outside = (keep_indices < 0) | (keep_indices >= num_patches)
@@ -181,8 +187,13 @@ def gaussian_patch_dropout(
     Args:
         x: (B, P + N, D) tokens, prefix first.
         grid_size: (H, W) with H * W = N; None takes the square root of N.
-        num_prefix_tokens, mask_ratio, sigma, center, sampling, ordered, generator: as in `take_tokens` and
-            `sample_keep_indices`.
+        mask_ratio: share of the patches that is dropped, in [0, 1).
+        sigma: variance of the Gaussian on [-1, 1]^2; None is uniform.
+        num_prefix_tokens: P, always kept.
+        center: (y, x) of the Gaussian's mean in [-1, 1]^2.
+        sampling: `"additive"` or `"weighted"`, see `gaussian_scores`.
+        ordered: keep the patches in their order.
+        generator: source of randomness on the device of `x`; None is the global one.
 
     Returns:
         The tokens (B, P + K, D) and the indices (B, K) of the patches that they hold.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .validation import check_axes, check_images, check_keep_indices
 
@@ -79,11 +80,12 @@ def take_patches(
     stride = patch_size if stride is None else check_axes("stride", stride, num_axes)
     if any(side < patch for side, patch in zip(images.shape[2:], patch_size, strict=True)):
         raise ValueError(f"patch_size={tuple(patch_size)} is larger than images of shape {tuple(images.shape)}")
-    check_keep_indices(keep_indices, len(images))
+    check_keep_indices(keep_indices, images.shape[0], images.device)
     sides = zip(images.shape[2:], patch_size, stride, strict=True)
     num_patches = math.prod([(side - patch) // step + 1 for side, patch, step in sides])
     inside = ((keep_indices >= 0) & (keep_indices < num_patches)).all()
-    if keep_indices.is_cpu and not torch.compiler.is_compiling():
+    has_values = not isinstance(keep_indices, FakeTensor)
+    if keep_indices.is_cpu and has_values and not torch.compiler.is_compiling():
         if not inside:
             raise ValueError(
                 f"keep_indices must lie in [0, {num_patches}), got values from {keep_indices.min()} to "

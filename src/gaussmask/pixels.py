@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
@@ -61,7 +62,7 @@ class PixelStage:
         self.host = host
         self.host_name = host_name
         self.projection_path = projection
-        self.projection = host.get_submodule(projection)
+        self.projection: nn.Module = host.get_submodule(projection)
         self.drop = drop
         self.images: Tensor | None = None  # on their way from the entry to the seam
         self.blank: Tensor | None = None  # what the projection was given in place of the images
@@ -130,7 +131,7 @@ class PixelStage:
         return self.host.get_submodule(self.entry_path)
 
     def install(self) -> list[RemovableHandle]:
-        self.first = next(iter(inspect.signature(self.entry.forward).parameters))
+        self.first: str = next(iter(inspect.signature(self.entry.forward).parameters))
         return [
             self.entry.register_forward_pre_hook(self.before_entry, with_kwargs=True),
             self.projection.register_forward_pre_hook(self.before_projection),
@@ -195,7 +196,7 @@ class PixelStage:
             raise cannot_drop_pixels(
                 self.host_name, "it reached its patch dropout, but no images had gone through its embedding"
             )
-        return len(self.images)
+        return self.images.shape[0]
 
     def embed(self, table: Tensor, keep_indices: Tensor, num_prefix_tokens: int, num_suffix_tokens: int) -> Tensor:
         """The tokens (B, P + K + S, D) of the prefix, the kept patches and the suffix.
@@ -225,7 +226,7 @@ class PixelStage:
     def weight(self) -> Tensor:
         """Of the projection, whole and plain."""
         weight: Any = self.projection.weight
-        if type(weight) not in (Tensor, nn.Parameter):
+        if type(weight) not in (Tensor, nn.Parameter, FakeTensor):
             raise cannot_drop_pixels(
                 self.host_name,
                 f"where its tokens are dropped, the weight of its projection is a {type(weight).__name__} (quantised, "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .scores import log_density_at, num_kept_patches, patch_coordinates
+from .scores import log_density_at, num_kept_patches, patch_coordinates, rankable
 from .validation import check_center, check_grid_size, check_mask_ratio, check_sampling, check_sigma
 
 
@@ -21,7 +21,11 @@ def keep_probability(
     """The chance that each patch is kept, computed rather than simulated.
 
     Args:
-        grid_size, mask_ratio, sigma, center, sampling: as in `sample_keep_indices`.
+        grid_size: (H, W), patches per column and row.
+        mask_ratio: share of the patches that is dropped, in [0, 1).
+        sigma: variance of the Gaussian on [-1, 1]^2; None is uniform.
+        center: (y, x) of the Gaussian's mean in [-1, 1]^2.
+        sampling: `"additive"` or `"weighted"`, see `functional.gaussian_scores`.
 
     Returns:
         (H, W) float32 on the CPU, right to 1e-4 on any grid, with the sum K. Some entries may be exactly or nearly 0:
@@ -37,7 +41,7 @@ def keep_probability(
     if sigma is None or num_kept == num_patches:
         return torch.full(grid_size, num_kept / num_patches, dtype=torch.float32, device="cpu")
     coords = patch_coordinates(grid_size, device="cpu", dtype=torch.float64)
-    log_density = log_density_at(coords, check_sigma(sigma), center)
+    log_density = log_density_at(coords, rankable(check_sigma(sigma)), center)
     return inclusion_probability(log_density, num_kept, sampling).to(torch.float32).view(*grid_size)
 
 
@@ -69,21 +73,21 @@ def inclusion_probability(log_density: Tensor, num_kept: int, sampling: str, num
     return (kept * (num_kept / kept.sum())).clamp(max=1.0)
 
 
-def _passage(log_density: Tensor, sampling: str) -> tuple[Callable[[Tensor], Tensor], float, float]:
+def _passage(log_density: Tensor, sampling: str) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
     """The chance that each patch has been passed, time (T,) -> (T, N), and the times where it is 0 and 1."""
     if sampling == "additive":  # u + density passes the threshold -time
         density = log_density.exp()
         return (
             lambda time: (1 + density + time[:, None]).clamp(0, 1),
-            -1 - density.max().item(),
-            -density.min().item(),
+            -1 - density.max(),
+            -density.min(),
         )
     # An exponential clock per patch with the density as its rate, in logarithmic time.
     log_rate = log_density - log_density.max()
     return (
         lambda time: -torch.expm1(-torch.exp(time[:, None] + log_rate)),
-        -40.0,
-        4.0 - log_rate.min().item(),
+        torch.full_like(log_rate[0], -40.0),
+        4.0 - log_rate.min(),
     )
 
 
@@ -97,9 +101,9 @@ def _nodes(num_patches: int, num_kept: int, num_steps: int) -> Tensor:
     return (num_kept + stretch.sinh() / 8).clamp(0, num_patches)
 
 
-def _invert(rising: Callable[[Tensor], Tensor], targets: Tensor, low: float, high: float) -> Tensor:
+def _invert(rising: Callable[[Tensor], Tensor], targets: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Where `rising` takes the values `targets`, by bisection."""
-    lower, upper = torch.full_like(targets, low), torch.full_like(targets, high)
+    lower, upper = low.expand_as(targets), high.expand_as(targets)
     for _ in range(60):
         middle = (lower + upper) / 2
         above = rising(middle) >= targets

@@ -10,14 +10,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .validation import check_center, check_grid_size, check_sigma
+from .validation import (
+    check_center,
+    check_coords,
+    check_count,
+    check_float_dtype,
+    check_grid_size,
+    check_mask_ratio,
+    check_sampling,
+    check_scores,
+    check_sigma,
+)
 
 
 def num_kept_patches(num_patches: int, mask_ratio: float) -> int:
     """How many of `num_patches` are kept: `max(1, floor(num_patches * (1 - mask_ratio) + 1e-6))`.
 
     The 1e-6 absorbs the rounding of floats, so that 100 patches at 0.9 keep 10 and not 9.
+
+    Raises:
+        ValueError, TypeError: for `num_patches` below 1, or a `mask_ratio` outside [0, 1).
     """
+    num_patches, mask_ratio = check_count("num_patches", num_patches, least=1), check_mask_ratio(mask_ratio)
     return max(1, math.floor(num_patches * (1 - mask_ratio) + 1e-6))
 
 
@@ -31,7 +45,12 @@ def patch_coordinates(
 
     Returns:
         (H * W, 2).
+
+    Raises:
+        ValueError, TypeError: for a `grid_size` that is no pair of positive integers, or a `dtype` that is not
+            floating.
     """
+    grid_size, dtype = check_grid_size(grid_size), check_float_dtype(dtype)
     axes = [
         torch.linspace(-1, 1, size, device=device, dtype=dtype)
         if size > 1
@@ -41,10 +60,19 @@ def patch_coordinates(
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
+def rankable(sigma: float) -> float:
+    """The sigma to draw with: at least 1e-6.
+
+    There the order by distance is certain already, on grids of up to 200 patches a side. Below, float32 has no digits
+    left for the noise that decides between patches at the same distance.
+    """
+    return max(sigma, 1e-6)
+
+
 def log_density_at(coords: Tensor, sigma: float, center: Sequence[float]) -> Tensor:
     """Logarithm of the bivariate normal density with covariance `sigma * I` at `coords` (..., 2)."""
     offset_y, offset_x = (coords[..., axis] - center[axis] for axis in (0, 1))
-    return (offset_y.square() + offset_x.square()) / (-2 * sigma) - math.log(2 * math.pi * sigma)
+    return (offset_y.square() + offset_x.square()) / (-2 * sigma) - math.log(2 * math.pi) - math.log(sigma)
 
 
 def gaussian_density(
@@ -64,14 +92,16 @@ def gaussian_density(
         center: (y, x) of the mean, in [-1, 1]^2.
 
     Returns:
-        (H, W).
+        (H, W), right to the precision of `dtype`.
 
     Raises:
-        ValueError: for a `sigma`, `center` or `grid_size` that is out of range.
+        ValueError, TypeError: for a `sigma`, `center` or `grid_size` that is out of range, or a `dtype` that is not
+            floating.
     """
     grid_size, sigma, center = check_grid_size(grid_size), check_sigma(sigma), check_center(center)
-    coords = patch_coordinates(grid_size, device=device, dtype=dtype)
-    return log_density_at(coords, sigma, center).exp().view(*grid_size)
+    precise = torch.promote_types(check_float_dtype(dtype), torch.float32)  # half of a precision squares badly
+    coords = patch_coordinates(grid_size, device=device, dtype=precise)
+    return log_density_at(coords, sigma, center).exp().to(dtype).view(*grid_size)
 
 
 def uniform_scores(coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -82,7 +112,11 @@ def uniform_scores(coords: Tensor, generator: torch.Generator | None = None) -> 
 
     Returns:
         (B, N) float32, whatever autocast says: bfloat16 has too few values to rank 196 patches without ties.
+
+    Raises:
+        ValueError, TypeError: for `coords` of another shape.
     """
+    check_coords(coords)
     if generator is None:  # torch.rand takes symbolic sizes, and so compiles for any batch, only without the argument
         return torch.rand(coords.shape[:2], device=coords.device, dtype=torch.float32)
     return torch.rand(coords.shape[:2], generator=generator, device=coords.device, dtype=torch.float32)
@@ -107,10 +141,15 @@ def gaussian_scores(
 
     Returns:
         (B, N) float32. Both rules draw one `torch.rand((B, N))`.
+
+    Raises:
+        ValueError, TypeError: for an argument out of range, naming it.
     """
+    check_coords(coords)
+    sigma, center, sampling = rankable(check_sigma(sigma)), check_center(center), check_sampling(sampling)
     # Images that share a grid expand one row of coordinates: the density of that row serves them all.
     shared = coords[:1] if coords.stride(0) == 0 else coords
-    log_density = log_density_at(shared, sigma, center)
+    log_density = log_density_at(shared.float(), sigma, center)
     noise = uniform_scores(coords, generator)
     if sampling == "additive":
         return noise + log_density.exp()
@@ -127,7 +166,14 @@ def top_patches(scores: Tensor, num_kept: int, *, ordered: bool = False) -> Tens
 
     Returns:
         (B, num_kept) int64.
+
+    Raises:
+        ValueError, TypeError: for `scores` of another rank, or `num_kept` outside [1, N].
     """
+    check_scores(scores)
+    num_kept = check_count("num_kept", num_kept, least=1)
+    if num_kept > scores.shape[1]:
+        raise ValueError(f"num_kept must be at most the number of patches, {scores.shape[1]}, got {num_kept}")
     indices = scores.topk(num_kept, dim=-1, sorted=False).indices
     return indices.sort(dim=-1).values if ordered else indices
 
@@ -145,11 +191,22 @@ def top_packed_patches(
 
     Returns:
         (sum of num_kept,) int64, counted over all N patches, image by image.
+
+    Raises:
+        ValueError: for `scores` of another shape, or a `num_kept` that is not within its image.
     """
-    image = torch.repeat_interleave(torch.tensor(lengths, device=scores.device), output_size=len(scores))
+    if scores.shape != (sum(lengths),):
+        raise ValueError(
+            f"scores must have one score for each of the {sum(lengths)} patches that lengths counts, got shape "
+            f"{tuple(scores.shape)}"
+        )
+    if len(num_kept) != len(lengths) or any(not 0 <= k <= n for k, n in zip(num_kept, lengths, strict=True)):
+        raise ValueError(f"num_kept must keep 0 to all patches of each image, of lengths {lengths}, got {num_kept}")
+    counts = torch.tensor(lengths, device=scores.device, dtype=torch.int64)
+    image = torch.repeat_interleave(counts, output_size=len(scores))
     by_score = scores.argsort(descending=True)
     by_image_and_score = by_score[image[by_score].argsort(stable=True)]
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
     places = [place for start, kept in zip(starts, num_kept, strict=True) for place in range(start, start + kept)]
-    indices = by_image_and_score[torch.tensor(places, device=scores.device)]
+    indices = by_image_and_score[torch.tensor(places, device=scores.device, dtype=torch.int64)]
     return indices.sort().values if ordered else indices

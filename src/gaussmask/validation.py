@@ -1,8 +1,10 @@
 """What a bad argument gets: an exception that names the argument, the value and the way out."""
 
 import math
+import operator
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -45,21 +47,27 @@ def check_center(center: object) -> tuple[float, float]:
 
 
 def check_sampling(sampling: object) -> str:
-    if sampling not in SAMPLINGS:
+    if not isinstance(sampling, str) or sampling not in SAMPLINGS:
         raise ValueError(f"sampling must be one of {', '.join(map(repr, SAMPLINGS))}, got {sampling!r}")
-    return str(sampling)
+    return sampling
 
 
 def check_count(name: str, value: object, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return int(value)
+    return cast("int", value) if type(value) in (int, torch.SymInt) else int(value)  # a symbolic size stays one
 
 
 def check_prefix_count(value: object) -> int | None:
     return None if value is None else check_count("num_prefix_tokens", value)
+
+
+def check_float_dtype(dtype: object) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}")
+    return dtype
 
 
 def check_flag(value: object) -> bool:
@@ -72,6 +80,22 @@ def check_grid_size(grid_size: object) -> tuple[int, ...]:
     if isinstance(grid_size, str) or not isinstance(grid_size, Sequence) or len(grid_size) != 2:
         raise ValueError(f"grid_size must be a pair (height, width) of patch counts, got {grid_size!r}")
     return tuple(check_count("grid_size", size, least=1) for size in grid_size)
+
+
+def check_coords(coords: object) -> None:
+    if not isinstance(coords, Tensor):
+        raise TypeError(f"coords must be a tensor, got {type(coords).__name__}")
+    if coords.ndim != 3 or coords.shape[2] != 2:
+        raise ValueError(
+            f"coords must have shape (batch, patches, 2), the (y, x) of every patch, got {tuple(coords.shape)}"
+        )
+
+
+def check_scores(scores: object) -> None:
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"scores must be a tensor, got {type(scores).__name__}")
+    if scores.ndim != 2:
+        raise ValueError(f"scores must have shape (batch, patches), got {tuple(scores.shape)}")
 
 
 def check_tokens(x: object, num_prefix_tokens: int) -> None:
@@ -99,7 +123,7 @@ def check_axes(name: str, value: object, num_axes: int) -> tuple[int, ...]:
     return tuple(check_count(name, size, least=1) for size in values)
 
 
-def check_keep_indices(keep_indices: object, batch_size: int) -> None:
+def check_keep_indices(keep_indices: object, batch_size: int, device: torch.device) -> None:
     if not isinstance(keep_indices, Tensor):
         raise TypeError(f"keep_indices must be a tensor, got {type(keep_indices).__name__}")
     if keep_indices.dtype != torch.int64 or keep_indices.ndim != 2 or keep_indices.shape[0] != batch_size:
@@ -107,9 +131,12 @@ def check_keep_indices(keep_indices: object, batch_size: int) -> None:
             f"keep_indices must be int64 of shape ({batch_size}, kept), one row per image, "
             f"got {keep_indices.dtype} of shape {tuple(keep_indices.shape)}"
         )
+    if keep_indices.device != device:
+        raise ValueError(f"keep_indices must lie on {device}, beside what it picks from, got {keep_indices.device}")
 
 
 def square_grid_size(num_patches: int) -> tuple[int, int]:
+    num_patches = operator.index(num_patches)  # a number, where the compiler has a symbol
     side = math.isqrt(num_patches)
     if side * side != num_patches:
         raise ValueError(
