@@ -9,7 +9,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint notebook hosts bench clean
+.PHONY: demo test lint docs notebook hosts bench package versions clean
 
 demo: $(READY)
 	$(BIN)/python examples/run_notebook.py --output build
@@ -36,6 +36,10 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install $(PIP_ARGS) --editable ".[all]" --group dev || { echo "The installation failed: see pip's message above. It needs a network (or an index of your own, in PIP_ARGS) and about 8 GB of disk"; exit 1; }
 	@touch $@
 
+# The documentation, into build/site; a broken link or an undocumented argument is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # Write docs/hosts.md anew: three minutes.
 hosts: $(READY)
 	$(BIN)/python docs/write_hosts.py
@@ -44,5 +48,14 @@ hosts: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
+# Build the wheel and the sdist into dist/ and check them: contents, metadata, types, and each extra alone in an empty
+# environment.
+package: $(READY)
+	$(BIN)/nox -s build core extras
+
+# The test suite with the oldest and the newest versions, and all of `make package`.
+versions: $(READY)
+	$(BIN)/nox
+
 clean:
-	rm -rf build $(VENV)
+	rm -rf build dist $(VENV)

@@ -1,41 +1,60 @@
-"""The README's Python, as written."""
+"""The Python of the README and of the docs, as written, and what it prints."""
 
 import re
+import sys
+import textwrap
 from pathlib import Path
 
+import draw_masks
+import matplotlib as mpl
 import pytest
+from PIL import Image
 
-README = Path(__file__).parents[1] / "README.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+import draw_method
 
-
-def test_there_are_snippets():
-    assert len(SNIPPETS) >= 2
-
-
-SHAPES = [snippet for snippet in SNIPPETS if ".shape" in snippet]
-SHOWN = re.findall(r"```python\n([^`]*)```\n\n```\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$", flags=re.DOTALL | re.MULTILINE)
 
 
-def test_every_snippet_is_tried():
-    assert sorted(SNIPPETS) == sorted(SHAPES + [snippet for snippet, _ in SHOWN])
+def blocks(page):
+    """Of code, in order: (language, text)."""
+    text = page.read_text(encoding="utf-8")
+    return [(match["language"], textwrap.dedent(match["text"])) for match in BLOCK.finditer(text)]
 
 
-@pytest.mark.parametrize(("snippet", "shown"), SHOWN)
-def test_snippet_prints_what_is_shown_below_it(snippet, shown, capsys):
-    exec(compile(snippet, str(README), "exec"), {})
-    assert capsys.readouterr().out == shown
+WITH_PYTHON = [page for page in PAGES if any(language == "python" for language, _ in blocks(page))]
 
 
-@pytest.mark.parametrize("snippet", SHAPES)
-def test_snippet_prints_the_shapes_that_its_comments_claim(snippet, capsys):
-    exec(compile(snippet, str(README), "exec"), {})
-    printed = capsys.readouterr().out
-    claimed = [
-        shape
-        for line in snippet.splitlines()
-        if line.startswith("print(")
-        for shape in re.findall(r"\(\d[\d, ]+\)", line.partition("#")[2])
-    ]
-    assert claimed
-    assert all(f"torch.Size([{shape.strip('()')}])" in printed for shape in claimed)
+def test_there_are_pages_with_python():
+    assert {page.name for page in WITH_PYTHON} >= {"README.md", "index.md", "method.md", "recipes.md"}
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_the_python_runs_and_prints_what_is_shown_below_it(page, capsys):
+    """The blocks of a page run one after the other in one session, as a reader would paste them."""
+    mpl.use("Agg")
+    session = {}
+    found = blocks(page)
+    for (language, text), (next_language, shown) in zip(found, [*found[1:], ("", "")], strict=True):
+        if language == "python":
+            exec(compile(text, str(page), "exec"), session)
+            printed = capsys.readouterr().out
+            claimed = [line.partition("  # ")[2] for line in text.splitlines() if line.startswith("print(")]
+            if any(claimed):
+                claimed = [shape for line in claimed for shape in re.findall(r"\(\d[\d, ]*\)", line)]
+                assert claimed == [f"({shape})" for shape in re.findall(r"torch\.Size\(\[([\d, ]*)\]\)", printed)]
+            else:
+                assert printed == (shown if next_language == "" else "")
+
+
+def test_the_pictures_are_there_and_the_commands_beside_them_draw_them(tmp_path):
+    for page in PAGES:
+        for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / picture).is_file()
+    draw_masks.main(output=tmp_path / "masks.png")
+    with Image.open(tmp_path / "masks.png") as drawn, Image.open(ROOT / "docs" / "masks.png") as shown:
+        assert drawn.size == shown.size
+    assert {f"{name}.png" for name in draw_method.PICTURES} == {path.name for path in draw_method.FOLDER.iterdir()}
+    assert draw_method.PICTURES["cost"]().axes

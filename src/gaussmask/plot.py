@@ -29,7 +29,11 @@ def keep_probability(
     """Draw how likely each patch is kept, on a scale from 0 to 1, with patches that are never kept (< 0.001) hatched.
 
     Args:
-        grid_size, mask_ratio, sigma, center, sampling: the setting, as in `functional.keep_probability`.
+        grid_size: (H, W), patches per column and row.
+        mask_ratio: share of the patches that is dropped, in [0, 1).
+        sigma: variance of the Gaussian on [-1, 1]^2; None is uniform.
+        center: (y, x) of the Gaussian's mean in [-1, 1]^2.
+        sampling: `"additive"` or `"weighted"`, see `functional.gaussian_scores`.
         ax: where to draw; None is a new figure.
 
     Returns:

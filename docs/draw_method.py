@@ -1,0 +1,104 @@
+"""Draw the pictures of docs/method.md into docs/method/.
+
+python docs/draw_method.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from arithmetic import Tower, clip_ceiling
+from draw_masks import GRID, draw_mask, load_photo
+
+import gaussmask
+from gaussmask.functional import num_kept_patches
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu-clip.json"
+FOLDER = Path(__file__).parent / "method"
+RATIOS = (0.5, 0.75, 0.918)
+SIGMAS = (0.05, 0.1, 0.2, 0.4, 0.8)
+IMAGE = Tower(197, 768, 12, 196, 768)  # ViT-B/16
+TEXT = Tower(77, 512, 12)  # of CLIP
+
+
+def main() -> None:
+    """Draw all of them."""
+    mpl.use("Agg")
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in PICTURES.items():
+        draw().savefig(FOLDER / f"{name}.png", dpi=100)
+
+
+def sigma() -> Figure:
+    """How often each patch is kept, by sigma and ratio; below, weighted sampling."""
+    settings = [(ratio, "additive") for ratio in RATIOS] + [(RATIOS[-1], "weighted")]
+    figure, axes = plt.subplots(4, len(SIGMAS), figsize=(12, 9.6), layout="constrained")
+    for row, (ratio, sampling) in zip(axes, settings, strict=True):
+        for axis, variance in zip(row, SIGMAS, strict=True):
+            gaussmask.plot.keep_probability(GRID, ratio, sigma=variance, sampling=sampling, ax=axis)
+            axis.images[0].colorbar.remove()
+            axis.set_title(axis.get_title(), fontsize=9)
+    figure.colorbar(axes[0, 0].images[0], ax=axes, shrink=0.4, label="how often a patch is kept")
+    return figure
+
+
+def photos() -> Figure:
+    """One photo under masks of each sigma."""
+    torch.manual_seed(3)
+    photo = load_photo()
+    drops = [("random", gaussmask.RandomPatchDropout(0.75))]
+    drops += [(f"σ = {variance:g}", gaussmask.GaussianPatchDropout(0.75, variance)) for variance in SIGMAS]
+    masks = torch.cat([draw_mask(drop) for _, drop in drops])
+    return gaussmask.plot.masked_images(
+        photo.expand(len(drops), -1, -1, -1), masks, titles=[name for name, _ in drops], columns=len(drops)
+    )
+
+
+def cost() -> Figure:
+    """Arithmetic of a ViT-B/16 and of the whole CLIP, and the speed-up that is measured."""
+    ratios = np.linspace(0, 0.95, 96)
+    kept = [num_kept_patches(196, ratio) for ratio in ratios]
+    tower = [Tower(1 + count, 768, 12, 196, 768).flops / IMAGE.flops for count in kept]
+    ceiling = [clip_ceiling(IMAGE, TEXT, dropped=196 - count, stage="tokens") for count in kept]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    left.plot(ratios, tower, label="image tower (ViT-B/16)")
+    left.plot(ratios, [1 / value for value in ceiling], label="whole CLIP (text tower unmasked)")
+    left.set(xlabel="share of patches dropped", ylabel="operations / without a mask", ylim=(0, 1.02))
+    left.legend()
+    right.plot(ratios, ceiling, color="black", linewidth=1, label="at best, by the arithmetic")
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows = [row for row in results["rows"] if row["contender"] == "gaussmask pixels"]
+    right.plot(
+        [row["mask_ratio"] for row in rows], [row["speed_up"] for row in rows], "o", label="measured, stage pixels, CPU"
+    )
+    right.set(xlabel="share of patches dropped", ylabel="images/s / without a mask")
+    right.legend()
+    return figure
+
+
+def unreachable() -> Figure:
+    """Share of the patches that are never kept, over sigma."""
+    variances = np.geomspace(0.02, 2, 25)
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    for ratio in (0.5, 0.75, 0.85, 0.918, 0.95):
+        chances = [gaussmask.keep_probability(GRID, ratio, sigma=variance) for variance in variances]
+        never = [(chance < 1e-3).float().mean().item() for chance in chances]
+        axes.plot(variances, never, marker=".", label=f"ratio {ratio:g}")
+    axes.axvline(0.2, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", xlabel="sigma (dotted: the authors' default)", ylabel="share never kept, additive")
+    axes.legend(fontsize="small")
+    return figure
+
+
+PICTURES = {"sigma": sigma, "photos": photos, "cost": cost, "unreachable": unreachable}
+
+if __name__ == "__main__":
+    main()
