@@ -391,12 +391,16 @@ class OwnEmbeddings(CLIPVisionEmbeddings):
         return super().forward(*args, **kwargs).tanh()
 
 
+def embeddings_of(model):
+    return getattr(model, "vision_model", model).embeddings  # transformers 5.0 has a tower in between
+
+
 def of_a_class(model):
-    model.embeddings.__class__ = OwnEmbeddings
+    embeddings_of(model).__class__ = OwnEmbeddings
 
 
 def of_the_instance(model):
-    model.embeddings.forward = partial(OwnEmbeddings.forward, model.embeddings)
+    embeddings_of(model).forward = partial(OwnEmbeddings.forward, embeddings_of(model))
 
 
 @pytest.mark.parametrize("change", [of_a_class, of_the_instance], ids=lambda change: change.__name__)

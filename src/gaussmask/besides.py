@@ -47,7 +47,7 @@ class PassedArgument(Beside):
     name: str
 
     def install(self) -> list[RemovableHandle]:
-        self.argument = Argument.of(self.module, self.name)
+        self.argument: Argument = Argument.of(self.module, self.name)
         return [self.module.register_forward_pre_hook(self.before, with_kwargs=True)]
 
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
@@ -151,8 +151,8 @@ class PositionMask(Beside):
 
     def install(self) -> list[RemovableHandle]:
         layers: Any = self.module.layer
-        self.argument = Argument.of(layers[0], "position_mask")
-        self.takes_keywords = "kwargs" in inspect.signature(layers[0].forward).parameters
+        self.argument: Argument = Argument.of(layers[0], "position_mask")
+        self.takes_keywords: bool = "kwargs" in inspect.signature(layers[0].forward).parameters
         return [
             self.module.register_forward_pre_hook(self.hand, with_kwargs=True),
             *(layer.register_forward_pre_hook(self.before, with_kwargs=True) for layer in layers),

@@ -53,7 +53,7 @@ class HandedFlag(Beside):
     name = "interpolate_pos_encoding"
 
     def install(self) -> list[RemovableHandle]:
-        self.argument = Argument.of(self.module, self.name)
+        self.argument: Argument = Argument.of(self.module, self.name)
         return [self.module.register_forward_pre_hook(self.before, with_kwargs=True)]
 
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
@@ -70,9 +70,9 @@ class BiasModule(Beside):
 
     def install(self) -> list[RemovableHandle]:
         self.draw: Draw | None = None  # of the call that is running
-        self.window = Argument.of(self.module, "window_size")
-        self.flag = Argument.of(self.module, HandedFlag.name)
-        self.size = Argument.of(self.module, "dim_size")
+        self.window: Argument = Argument.of(self.module, "window_size")
+        self.flag: Argument = Argument.of(self.module, HandedFlag.name)
+        self.size: Argument = Argument.of(self.module, "dim_size")
         return [
             self.module.register_forward_pre_hook(self.before, with_kwargs=True),
             self.module.register_forward_hook(self.after),
@@ -178,7 +178,7 @@ class Receives:
     """Forward pre-hook of an attention: takes the draw out of its argument, for the bias that it is about to make."""
 
     def __init__(self, attention: nn.Module, name: str, bias: BiasMethod | None) -> None:
-        self.argument = Argument.of(attention, name)
+        self.argument: Argument = Argument.of(attention, name)
         self.bias = bias
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:

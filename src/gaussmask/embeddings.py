@@ -35,7 +35,7 @@ class HookSeam(Seam):
         return f"forward hook on {place.at(place.host.tokens)}"
 
     def install(self, place: Place) -> None:
-        self.attention_mask = Argument.of_any(place.tower, "attention_mask")
+        self.attention_mask: Argument | None = Argument.of_any(place.tower, "attention_mask")
         self.handles.append(place.tower.register_forward_pre_hook(self.begin, with_kwargs=True))
         super().install(place)
         tokens = place.module.get_submodule(place.host.tokens)
@@ -43,7 +43,7 @@ class HookSeam(Seam):
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Forward pre-hook of the tower: what the last forward drew is not this one's."""
-        self.draw = self.begun = self.new_draw()
+        self.begin_draw()
         if self.drop.active and self.attention_mask is not None:
             self.take_mask(self.attention_mask.read(args, kwargs))
 
@@ -66,12 +66,10 @@ class HookSeam(Seam):
         return {}
 
 
-class TimmHookSeam(HookSeam):
+class TimmHookSeam(HookSeam, TimmSeam):
     """timm: the grid is shown by its `patch_embed`."""
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = FromPatchEmbedAndDropout
-    watch_grid = TimmSeam.watch_grid
-    configured_grid = TimmSeam.configured_grid
 
 
 class LatePrefixSeam(TimmHookSeam):
@@ -93,7 +91,7 @@ class UnfoldSeam(HookSeam):
                 f"{self.host_name} was called with images of many sizes packed into one sequence, which gaussmask does "
                 "not mask: pass images of one size, as pixel_values (B, C, H, W)"
             )
-        self.grid_size = tuple(side // embeddings.patch_size for side in args[0].shape[-2:])
+        self.grid_size: tuple[int, ...] | None = tuple(side // embeddings.patch_size for side in args[0].shape[-2:])
 
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         embeddings: Any = place.module
@@ -107,7 +105,7 @@ class PaddedGridSeam(HookSeam):
 
     def install(self, place: Place) -> None:
         super().install(place)
-        self.mask = Argument.of(place.module, "patch_attention_mask")
+        self.mask: Argument = Argument.of(place.module, "patch_attention_mask")
 
     def facts(self, args: Args, kwargs: Kwargs, rest: list[Any]) -> dict[str, Any]:
         mask = self.mask.read(args, kwargs)
@@ -137,6 +135,9 @@ class FlattenedPatchesSeam(HookSeam):
         return own_grids((positions - far.amin(dim=1, keepdim=True)).clamp(min=0), valid)
 
 
+PADDING_MASKS = ("pixel_attention_mask", "attention_mask")  # the second in the towers of transformers 5.0
+
+
 class MaskFromOutsideSeam(HookSeam):
     """Patches with a padding mask that enters the model from outside and is used behind the embeddings too.
 
@@ -151,11 +152,12 @@ class MaskFromOutsideSeam(HookSeam):
 
     def install(self, place: Place) -> None:
         super().install(place)
-        self.shapes = Argument.of(place.module, "spatial_shapes")
+        self.shapes: Argument = Argument.of(place.module, "spatial_shapes")
         self.kept_mask: Tensor | None = None  # on its way from the outermost module to the embeddings
         for owner in place.owners:
-            if Argument.known(owner, "pixel_attention_mask") and Argument.known(owner, "spatial_shapes"):
-                self.handles.append(owner.register_forward_pre_hook(MaskGate(self, owner), with_kwargs=True))
+            mask = next((name for name in PADDING_MASKS if Argument.known(owner, name)), None)
+            if mask and Argument.known(owner, "spatial_shapes"):
+                self.handles.append(owner.register_forward_pre_hook(MaskGate(self, owner, mask), with_kwargs=True))
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Nothing: a forward begins at the gate."""
@@ -188,10 +190,10 @@ class MaskFromOutsideSeam(HookSeam):
 class MaskGate:
     """Forward pre-hook of a module that takes in the padding mask: draws, and passes on that of the kept patches."""
 
-    def __init__(self, seam: MaskFromOutsideSeam, module: nn.Module) -> None:
+    def __init__(self, seam: MaskFromOutsideSeam, module: nn.Module, mask: str) -> None:
         self.seam = seam
-        self.mask = Argument.of(module, "pixel_attention_mask")
-        self.shapes = Argument.of(module, "spatial_shapes")
+        self.mask: Argument = Argument.of(module, mask)
+        self.shapes: Argument = Argument.of(module, "spatial_shapes")
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         seam, mask = self.seam, self.mask.read(args, kwargs)
@@ -228,7 +230,7 @@ class PositionsInOutputSeam(HookSeam):
     def watch_grid(self, module: nn.Module, args: Args, output: Any) -> None:
         images, embeddings = args[0], cast("Any", module)
         if isinstance(images, Tensor) and images.ndim == 4 and output[2] is None:
-            self.grid_size = tuple(
+            self.grid_size: tuple[int, ...] | None = tuple(
                 side // patch for side, patch in zip(images.shape[-2:], embeddings.patch_size, strict=True)
             )
 
@@ -270,15 +272,13 @@ class PackedSeam(Seam):
     def install(self, place: Place) -> None:
         super().install(place)
         transformer = place.module.get_submodule(place.host.tokens)
-        self.image_sizes = Argument.of(place.module, "image_sizes")
-        self.tokens = Argument.of(transformer, "inputs_embeds")
-        self.mask = Argument.of(transformer, "attention_mask")
-        self.rotary = Argument.of(transformer, "position_embeddings")
+        self.image_sizes: Argument = Argument.of(place.module, "image_sizes")
+        self.tokens: Argument = Argument.of(transformer, "inputs_embeds")
+        self.mask: Argument = Argument.of(transformer, "attention_mask")
+        self.rotary: Argument = Argument.of(transformer, "position_embeddings")
         self.grids: list[tuple[int, ...]] | None = None
-        self.handles += [
-            place.module.register_forward_pre_hook(self.begin, with_kwargs=True),
-            transformer.register_forward_pre_hook(self.before_transformer, with_kwargs=True),
-        ]
+        self.handles.append(place.module.register_forward_pre_hook(self.begin, with_kwargs=True))
+        self.handles.append(transformer.register_forward_pre_hook(self.before_transformer, with_kwargs=True))
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         sizes = self.image_sizes.read(args, kwargs)

@@ -132,15 +132,15 @@ class Seam(nn.Module):
         super().__init__()
         host = place.host
         self.drop = drop
-        self.host_name = place.name
-        self.num_prefix_tokens = host.count(host.prefix, place.module)
-        self.num_suffix_tokens = host.count(host.suffix, place.module)
-        self.slot = host.slot
+        self.host_name: str = place.name
+        self.num_prefix_tokens: int = host.count(host.prefix, place.module)
+        self.num_suffix_tokens: int = host.count(host.suffix, place.module)
+        self.slot: str = host.slot
         self.replaced: nn.Module | None = None  # a submodule that gave way, which goes on following the host's mode
         self.aside: list[tuple[Any, str, str, Any]] = []
         self.handles: list[RemovableHandle] = []
         self.grid_size: tuple[int, ...] | None = None
-        self.draw = self.new_draw()  # the latest
+        self.draw: Draw = self.new_draw()  # the latest
         self.begun: Draw | None = None  # one that is handed on before it is drawn
         pixels = self.pixel_stage(place) if stage == "pixels" else None
         if isinstance(pixels, str):
@@ -156,6 +156,10 @@ class Seam(nn.Module):
 
     def new_draw(self) -> Draw:
         return Draw(self.num_prefix_tokens, self.num_suffix_tokens)
+
+    def begin_draw(self) -> None:
+        """Hand a draw on before it is drawn."""
+        self.draw = self.begun = self.new_draw()
 
     # Before the installation
 
@@ -328,7 +332,7 @@ class FeatureMapGuard:
     def __init__(self, host: Any, drop: PatchDropout) -> None:
         self.host = host
         self.drop = drop
-        self.own = vars(host).get("forward_intermediates")  # somebody's on the instance, before the class's
+        self.own: Any = vars(host).get("forward_intermediates")  # somebody's on the instance, before the class's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.drop.active and not any(

@@ -23,7 +23,7 @@ class TimmSeam(Seam):
     def watch_grid(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         # The grid_size of the config is not the true one for dynamic sizes; those come out as (B, H, W, D).
         patch_embed: Any = module
-        self.grid_size = tuple(
+        self.grid_size: tuple[int, ...] | None = tuple(
             output.shape[1:3] if output.ndim == 4 else patch_embed.dynamic_feat_size(args[0].shape[-2:])
         )
 
@@ -57,7 +57,7 @@ class NaFlexSeam(Seam):
         if not module.training:
             self.drop.keep_indices = None  # the seam, which would say so, is skipped
             return
-        self.grid_size = output[1]
+        self.grid_size: tuple[int, ...] | None = output[1]
         self.patches = {} if self.grid_size else own_grids(kwargs["patch_coord"], kwargs.get("patch_valid"))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,128 @@
+"""The versions that gaussmask is tested with, and its package in empty environments.
+
+    make versions    # all of it: nox
+    nox -s oldest    # one session; what follows -- goes to pytest
+
+Interpreters are looked for on the PATH, and a session whose interpreter is missing is skipped.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PROJECT)
+EXTRAS = tuple(PROJECT["project"]["optional-dependencies"])
+CORE_TESTS = ("tests/test_dropout.py", "tests/test_package.py", "tests/test_probability.py")
+KOSMOS = (
+    "Kosmos2Model", "Kosmos2ForConditionalGeneration", "Kosmos2_5Model", "Kosmos2_5ForConditionalGeneration",
+    "Kosmos2VisionTransformer",
+)  # fmt: skip
+# What the oldest libraries cannot do themselves, or cannot show: no lower bound is worth it.
+BEYOND_THE_OLDEST = (
+    # The names, the page and the README are those of the newest versions.
+    "test_every_name.py",
+    "test_hosts_page.py",
+    "test_readme.py::test_the_python_runs_and_prints_what_is_shown_below_it[README.md]",
+    # torch 2.6 finds no graph through a decorator of transformers 5.0.
+    *(
+        f"test_attach.py::test_compiles_without_a_graph_break[transformers-{name}-tokens]"
+        for name in ("DINOv3ViTModel", "MLCDVisionModel", "YolosModel", "VivitModel")
+    ),
+    # torch 2.6 breaks the graph at the checks of stage "pixels", which look at hooks.
+    *(
+        f"test_attach.py::test_compiles_without_a_graph_break[{name}-pixels]"
+        for name in ("timm-vit", "timm-naflex-learned", "transformers-CLIPModel")
+    ),
+    # transformers 5.0 builds models on the meta device, where timm 1.0.20 cannot be built.
+    "test_attach.py::test_save_pretrained_round_trip[transformers-TimmWrapperModel-tokens]",
+    "test_attach.py::test_save_pretrained_round_trip[transformers-TimmWrapperModel-pixels]",
+    # transformers 5.0 shifts the labels of GIT twice, makes the cross-attention of KOSMOS-2 causal, and builds the text
+    # models of both KOSMOS with their default sizes and dropouts.
+    "test_whole_models.py::test_git_counts_the_kept_tokens",
+    *(f"test_whole_models.py::test_nothing_behind_the_tower_believes_in_all_patches[{name}]" for name in KOSMOS),
+    "test_whole_models.py::test_whole_models_train_on_fewer_patches[Kosmos2VisionTransformer]",
+    # torch 2.6 has no FSDP2 on the CPU.
+    "test_train_clip.py::test_two_processes_compute_what_one_computes",
+    # timm 1.0.20 makes this rotary table in float32 alone, and its NaFlexVit pads no images.
+    "test_pixels.py::test_same_draws_outputs_and_gradients_as_the_tokens[timm-eva-rope-mixed-half]",
+    "test_pixels.py::test_same_draws_outputs_and_gradients_as_the_tokens[timm-eva-rope-mixed-most]",
+    *(
+        f"test_pixels.py::test_shapes_and_layouts_of_images[{memory}-naflex, padded]"
+        for memory in ("as made", "channels last", "strided")
+    ),
+)
+# Old libraries beside newer ones of others: what these deprecate is no news.
+OLD = ("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning")
+
+nox.needs_version = ">=2025.5"
+nox.options.envdir = "build/nox"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["oldest", "newest", "core", "extras"]
+
+
+def starts(version: str) -> bool:
+    found = shutil.which(f"python{version}")
+    return found is not None and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0
+
+
+OLDEST, NEWEST = PYTHONS[0], next(filter(starts, reversed(PYTHONS)), PYTHONS[-1])
+
+
+def wheel() -> str:
+    (path,) = Path("dist").glob("*.whl")
+    return str(path)
+
+
+def leave(session: nox.Session) -> None:
+    """Remove an environment with its gigabytes of torch."""
+    shutil.rmtree(session.virtualenv.location)
+
+
+def run_tests(session: nox.Session, *options: str) -> None:
+    session.run("pytest", "-n", "auto", "--dist", "loadgroup", *options, *session.posargs)
+
+
+@nox.session(python=OLDEST)
+def oldest(session: nox.Session) -> None:
+    """The oldest Python, and the oldest libraries that the lower bounds admit."""
+    session.install("-e", ".[all]", "--group", "test", "-c", ".ci/oldest.txt")
+    run_tests(session, *OLD, *(f"--deselect=tests/{test}" for test in BEYOND_THE_OLDEST))
+
+
+@nox.session(python=NEWEST)
+def newest(session: nox.Session) -> None:
+    """The newest Python here, and the newest libraries."""
+    session.install("--upgrade", "-e", ".[all]", "--group", "test")
+    run_tests(session)
+
+
+@nox.session(venv_backend="none")
+def build(session: nox.Session) -> None:
+    """The wheel and the sdist, into dist/, and what is in them; with the tools of the environment that nox is in."""
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run(sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist")
+    session.run(sys.executable, "-m", "pytest", "tests/test_package.py", env={"DIST": str(Path("dist").absolute())})
+
+
+@nox.session(python=NEWEST, requires=["build"])
+def core(session: nox.Session) -> None:
+    """The wheel with torch and einops only: what comes with it, and the tests that need no more."""
+    session.install(wheel())
+    session.run("python", "-c", "import gaussmask, torch; gaussmask.GaussianPatchDropout(0.5)(torch.randn(2, 16, 8))")
+    session.install("hypothesis", "numpy", "pytest", "scipy")
+    session.run("pytest", *CORE_TESTS)
+    leave(session)
+
+
+@nox.session(python=NEWEST, requires=["build"])
+@nox.parametrize("extra", EXTRAS)
+def extras(session: nox.Session, extra: str) -> None:
+    """The wheel with one extra: import, and one use of it."""
+    session.install(f"{wheel()}[{extra}]")
+    session.run("python", ".ci/extras.py", extra)
+    leave(session)
