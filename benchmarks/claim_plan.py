@@ -184,7 +184,7 @@ def full_setting(device: str, class_sets: tuple[DataSet, ...] = (CIFAR10, TINY_I
         probe_images=5000,
         fewer_images={SCENES: (12_800, 1_536), class_sets[0].name: (12_500, 3_125)},
         cost_models={"the recipe's model": recipe, "ViT-S/16, 224 px": vit_small},
-        cost_rounds=10,
+        cost_rounds=40,
     )
 
 

@@ -46,14 +46,15 @@ def training_keys(run: Run, setting: Setting) -> Record:
     return {"kind": "training", "run": asdict(run), "recipe": _portable(setting.recipe_of(run)), **sizes}
 
 
-def costs_keys(model: str, recipe: Recipe) -> Record:
+def costs_keys(model: str, setting: Setting) -> Record:
     """What makes a measurement of costs what it is."""
-    return {"kind": "costs", "model": model, "recipe": _portable(recipe)}
+    recipe = _portable(setting.cost_models[model])
+    return {"kind": "costs", "model": model, "recipe": recipe, "rounds": setting.cost_rounds}
 
 
-def costs_of(records: Sequence[Record], model: str, recipe: Recipe) -> Record | None:
+def costs_of(records: Sequence[Record], model: str, setting: Setting) -> Record | None:
     """The latest measurement."""
-    return next((record for record in reversed(records) if _same(record, costs_keys(model, recipe))), None)
+    return next((record for record in reversed(records) if _same(record, costs_keys(model, setting))), None)
 
 
 def pending(needed: Mapping[Run, set[str]], setting: Setting, records: Sequence[Record]) -> dict[Run, set[str]]:

@@ -217,8 +217,8 @@ class Cost:
 def judge_costs(records: Sequence[Record], setting: Setting) -> list[Cost]:
     """Every model at every ratio, from its latest measurement."""
     found = []
-    for name, recipe in setting.cost_models.items():
-        record = costs_of(records, name, recipe)
+    for name in setting.cost_models:
+        record = costs_of(records, name, setting)
         if record is None:
             continue
         milliseconds, peaks = record["milliseconds"], record["peak_mib"]

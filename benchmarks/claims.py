@@ -127,11 +127,11 @@ def _run(config: Config, setting: Setting, folder: Path, seeds: Sequence[int]) -
     commit = git_commit()  # before this program changes a file
     if not config.only or COSTS in config.only:
         for name, recipe in setting.cost_models.items():
-            if costs_of(records, name, recipe) is None:
+            if costs_of(records, name, setting) is None:
                 print(f"measuring the costs of {name}", flush=True)
                 started = time.monotonic()
                 costs = measure_costs(recipe, setting.cost_rounds)
-                records.append(costs_keys(name, recipe) | costs | circumstances(commit, recipe.device, started))
+                records.append(costs_keys(name, setting) | costs | circumstances(commit, recipe.device, started))
                 write(file, records)
     train_all(config, setting, folder, needed, records, file, commit)
     save_report(records, setting, config.output)

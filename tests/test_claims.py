@@ -241,7 +241,6 @@ class TestReport:
         assert judged["tiny-imagenet", "tuned", "mean"].verdict == NOT_ENOUGH
 
     def test_costs_are_ratios_of_images_per_second(self):
-        recipe = FULL.cost_models["the recipe's model"]
         milliseconds = {"clip": [400.0] * 5}
         for ratio in ("0.5", "0.75", "0.918"):
             milliseconds |= {f"flip {ratio}": [100.0] * 5, f"glip {ratio}": [99.0, 100.0, 101.0, 100.0, 100.0]}
@@ -251,7 +250,7 @@ class TestReport:
             "peak_mib": dict.fromkeys(milliseconds, 10.0),
             "ceiling": dict.fromkeys(milliseconds, 4.5),
         }
-        keys = claims.costs_keys("the recipe's model", recipe)
+        keys = claims.costs_keys("the recipe's model", FULL)
         found = claim_report.judge_costs([keys | costs], FULL)
         assert [cost.mask_ratio for cost in found] == [0.5, 0.75, 0.918]
         assert math.exp(found[1].speed.mean) == pytest.approx(1, abs=1e-4)
