@@ -106,7 +106,11 @@ def train_data(run: Run, setting: Setting, folder: Path) -> CaptionedImages:
         data = _scenes_of(run, setting.num_scenes, setting, TRAIN_SCENES_SEED)
     else:
         data = _shards(folder, run.data, "train", setting.data_set(run.data).image_size)
-    return data if run.train_images is None else data.head(run.train_images)
+    if run.train_images is None:
+        return data
+    if run.train_images > len(data):
+        raise ValueError(f"train_images of {run} is more than the {len(data)} that {run.data} has")
+    return data.head(run.train_images)
 
 
 def test_data(run: Run, setting: Setting, folder: Path) -> dict[str, CaptionedImages]:

@@ -170,6 +170,8 @@ class TestRuns:
         assert not torch.equal(first.images, second.images)
         few = claim_run.train_data(replace(central, train_images=8), SETTING, Path())
         assert torch.equal(few.images, first.images[:8])
+        with pytest.raises(ValueError, match="more than the 32 that scenes has"):
+            claim_run.train_data(replace(central, train_images=33), SETTING, Path())
         with pytest.raises(ValueError, match="centering"):
             claim_run.train_data(Run(SCENES, "flip", 0.75), SETTING, Path())
 
