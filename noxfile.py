@@ -56,7 +56,10 @@ BEYOND_THE_OLDEST = (
     ),
 )
 # Old libraries beside newer ones of others: what these deprecate is no news.
-OLD = ("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning")
+OLD = (
+    *("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"),
+    *("-W", "ignore:Skipping serialization of:UserWarning"),  # torch 2.6, of its own settings when it compiles
+)
 
 nox.needs_version = ">=2025.5"
 nox.options.envdir = "build/nox"

@@ -276,6 +276,11 @@ def plan(config: Config, ranks: Ranks) -> list[Phase]:
         raise UserError("reclip needs an image tower of open_clip or timm: those of transformers keep their image size")
     if config.probe and not config.zero_shot:
         raise UserError("probe needs zero_shot: the probe is tested on its images")
+    if config.compile and config.device == "cpu" and torch.__version__ < "2.7":
+        raise UserError(
+            f"compile on the CPU needs torch 2.7, got {torch.__version__}: where a token is repeated, torch 2.6 loses "
+            "gradients of its embedding there"
+        )
     return phases
 
 
