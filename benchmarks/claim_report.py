@@ -92,7 +92,9 @@ def key(claim: Claim) -> str:
 
 
 def all_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
-    """By name: a text for every claim, `claims-summary`, `claims-line` for the README, `claims-origin`."""
+    """By name: a text for every claim, `claims-summary`, `claims-origin`, and those of the README: `claims-line` and
+    `claims-tuned`.
+    """
     results = results_by_run(records, setting)
     judged = {claim.name: judge(claim, results) for claim in claims(setting)}
     texts = {key(claim): claim_text(claim, judged[claim.name]) for claim in claims(setting)}
@@ -102,6 +104,7 @@ def all_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
     summary[COSTS.name] = costs_summary_row(records, setting)
     texts["claims-summary"] = markdown(pd.DataFrame([summary[name] for name in sorted(summary)]))
     texts["claims-line"] = "; ".join(f"{row['claim']}: {row['verdict']}" for _, row in sorted(summary.items())) + "."
+    texts["claims-tuned"] = tuned_table(judged["C1"])
     texts["claims-origin"] = origin(records)
     return texts
 
@@ -168,13 +171,12 @@ def _name(row: Row) -> str:
     return ", ".join(row.labels.values())
 
 
-def interval(found: Difference | None) -> str:
+def interval(found: Difference | None, digits: int = 2) -> str:
     """As text, with a sign; points."""
     if found is None:
         return "–"
-    if found.n == 1:
-        return f"{found.mean:+.2f}"
-    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    middle, low, high = (f"{value:+.{digits}f}" for value in (found.mean, found.low, found.high))
+    return middle if found.n == 1 else f"{middle} [{low}, {high}]"
 
 
 def summary_row(claim: Claim, judged: Sequence[Judged]) -> dict[str, str]:
@@ -185,6 +187,22 @@ def summary_row(claim: Claim, judged: Sequence[Judged]) -> dict[str, str]:
         "verdict": f"**{combined(row.verdict for row in primary)}**",
         "primary rows: difference in points (95 %)": said,
     }
+
+
+def tuned_table(c1: Sequence[Judged]) -> str:
+    """FLIP against GLIP in short: zero-shot top-1 after the tuning."""
+    rows = [
+        {
+            "data": row.row.labels["data"],
+            "dropped": row.row.labels["ratio"],
+            **dict(zip(("GLIP", "FLIP"), [f"{value:.1f}" for value in row.sides or ()] or ["–", "–"], strict=True)),
+            "GLIP − FLIP (95 %)": interval(row.found, 1),
+            "seeds": str(row.found.n if row.found else 0),
+        }
+        for row in c1
+        if row.row.labels["stage"] == "tuned" and row.row.labels["ratio"] != "mean"
+    ]
+    return markdown(pd.DataFrame(rows))
 
 
 @dataclass(frozen=True)
