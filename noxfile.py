@@ -37,6 +37,7 @@ BEYOND_THE_OLDEST = (
         f"test_attach.py::test_compiles_without_a_graph_break[{name}-pixels]"
         for name in ("timm-vit", "timm-naflex-learned", "transformers-CLIPModel")
     ),
+    "test_benchmarks.py::test_a_compiled_step_trains",
     # transformers 5.0 builds models on the meta device, where timm 1.0.20 cannot be built.
     "test_attach.py::test_save_pretrained_round_trip[transformers-TimmWrapperModel-tokens]",
     "test_attach.py::test_save_pretrained_round_trip[transformers-TimmWrapperModel-pixels]",
@@ -47,6 +48,22 @@ BEYOND_THE_OLDEST = (
     "test_whole_models.py::test_whole_models_train_on_fewer_patches[Kosmos2VisionTransformer]",
     # torch 2.6 has no FSDP2 on the CPU.
     "test_train_clip.py::test_two_processes_compute_what_one_computes",
+    "test_train_clip.py::test_two_processes_train_shard_and_resume",
+    *(
+        f"test_distributed.py::test_a_projection_sharded_by_itself_drops_no_pixels[{path}]"
+        for path in ("patch_embed", "patch_embed.proj")
+    ),
+    # torch 2.6 puts back no moments where a parameter has had no gradient yet.
+    "test_train_clip.py::TestCheckpoints::test_a_full_disk_says_so_and_leaves_the_last_good_one",
+    # timm 1.0.20 reads no safetensors from a folder.
+    "test_train_clip.py::test_models_open_without_gaussmask",
+    # timm 1.0.20 builds no models on the meta device, where the benchmarks count their tokens.
+    "test_benchmarks.py::test_a_run_leaves_the_figures_the_tables_and_the_plots",
+    "test_benchmarks.py::test_every_contender_is_in_every_group",
+    "test_benchmarks.py::test_texts_go_between_the_markers_of_a_page_and_nowhere_else",
+    "test_benchmarks.py::test_the_ceiling_is_that_of_the_arithmetic",
+    # transformers 5.0 writes a dtype into a config when it is saved.
+    "test_hf_clip.py::TestRun::test_training_goes_on_from_what_was_saved",
     # timm 1.0.20 makes this rotary table in float32 alone, and its NaFlexVit pads no images.
     "test_pixels.py::test_same_draws_outputs_and_gradients_as_the_tokens[timm-eva-rope-mixed-half]",
     "test_pixels.py::test_same_draws_outputs_and_gradients_as_the_tokens[timm-eva-rope-mixed-most]",
@@ -59,6 +76,7 @@ BEYOND_THE_OLDEST = (
 OLD = (
     *("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"),
     *("-W", "ignore:Skipping serialization of:UserWarning"),  # torch 2.6, of its own settings when it compiles
+    *("-W", "ignore:mtime may not be reliable:UserWarning"),  # transformers 5.0, when it rotates checkpoints
 )
 
 nox.needs_version = ">=2025.5"
@@ -94,7 +112,8 @@ def run_tests(session: nox.Session, *options: str) -> None:
 def oldest(session: nox.Session) -> None:
     """The oldest Python, and the oldest libraries that the lower bounds admit."""
     session.install("-e", ".[all]", "--group", "test", "-c", ".ci/oldest.txt")
-    run_tests(session, *OLD, *(f"--deselect=tests/{test}" for test in BEYOND_THE_OLDEST))
+    without = [f"--{'deselect' if '::' in test else 'ignore'}=tests/{test}" for test in BEYOND_THE_OLDEST]
+    run_tests(session, *OLD, *without)
 
 
 @nox.session(python=NEWEST)

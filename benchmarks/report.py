@@ -149,8 +149,11 @@ def spread(row: Any, measure: str) -> str:
 
 def pivot(rows: pd.DataFrame, index: list[str]) -> str:
     """Each `cell` by `index` and mask ratio, both in the order in which they come."""
-    table = rows.set_index([*index, "mask_ratio"])["cell"].unstack("mask_ratio", sort=False)
-    return markdown(table.rename(columns=str).reset_index())
+    table = rows[index].drop_duplicates()
+    for mask_ratio, of_ratio in rows.groupby("mask_ratio", sort=False):
+        cells = of_ratio[[*index, "cell"]].rename(columns={"cell": str(mask_ratio)})
+        table = table.merge(cells, how="left", on=index)
+    return markdown(table)
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -28,7 +28,7 @@ def attach_and_train(plain, host, stage):
 
 
 def export(model, inputs, strict=False):
-    batch = {name: {0: torch.export.Dim("batch")} for name in inputs}
+    batch = {name: {0: torch.export.Dim("batch", max=4096)} for name in inputs}
     return torch.export.export(model, (), inputs, dynamic_shapes=batch, strict=strict)
 
 
