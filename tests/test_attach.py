@@ -195,6 +195,10 @@ def test_one_drop_serves_one_model():
     gaussmask.attach(nn.Sequential(first), drop)  # the same tower, seen from above
     gaussmask.detach(first)
     gaussmask.attach(second, drop)
+    gaussmask.attach(first, RandomPatchDropout(0.5))
+    with pytest.raises(ValueError, match=r"carries 2 drops \(VisionTransformer and CLIP\w+\): ask each tower"):
+        gaussmask.attached(nn.ModuleList([first, second]))
+    gaussmask.detach(first)
     del second
     gc.collect()
     both = nn.ModuleList([first, nn.Sequential(first)])  # one tower under two names
@@ -394,7 +398,7 @@ def test_models_that_cannot_be_masked(build, class_name, reason):
     model = build()
     before = structure(model)
     drop = RandomPatchDropout(0.5)
-    with pytest.raises(UnsupportedModelError, match=f"^{class_name}.*{reason}"):
+    with pytest.raises(UnsupportedModelError, match=rf"^(\w+\.)?{class_name}.*{reason}"):
         gaussmask.attach(model, drop)
     assert structure(model) == before
     gaussmask.attach(make_timm(), drop)  # the drop is still free
@@ -417,6 +421,18 @@ def test_bad_arguments():
     model = make_timm()
     with pytest.raises(TypeError, match=r"drop must be a .*PatchDropout, got Dropout"):
         gaussmask.attach(model, nn.Dropout())
+    with pytest.raises(TypeError, match=r"drop must be a .*PatchDropout, got the class RandomPatchDropout, not"):
+        gaussmask.attach(model, RandomPatchDropout)
+    for ask in (gaussmask.detach, gaussmask.attached, gaussmask.describe):
+        for other, got in (
+            (None, "NoneType"),
+            ("vit", "str"),
+            (type(model), "the class VisionTransformer, not"),
+        ):
+            with pytest.raises(TypeError, match=rf"model must be a torch\.nn\.Module, got {got}"):
+                ask(other)
+        with pytest.raises(TypeError, match="got the RandomPatchDropout itself"):
+            ask(RandomPatchDropout(0.5))
     with pytest.raises(ValueError, match=r"stage must be one of .*'tokens'.*, got 'neck'"):
         gaussmask.attach(model, RandomPatchDropout(0.5), stage="neck")
     gaussmask.attach(model, RandomPatchDropout(0.5, num_prefix_tokens=1, grid_size=(6, 6)))(**x_images(2))

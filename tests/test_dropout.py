@@ -296,6 +296,16 @@ def test_scores_of_another_shape_raise(shape):
         drop(torch.zeros(2, 16, 4))
 
 
+@pytest.mark.parametrize(
+    ("given", "got"), [(None, "NoneType"), ([[0.0] * 16] * 2, "list"), (torch.zeros(2, 16) > 0, r"torch\.bool")]
+)
+def test_scores_that_are_no_numbers_raise(given, got):
+    drop = Scores(0.5)
+    drop.given = given
+    with pytest.raises(TypeError, match=rf"Scores\.scores must return a tensor of numbers, got {got}"):
+        drop(torch.zeros(2, 16, 4))
+
+
 def test_base_class_asks_for_scores():
     with pytest.raises(NotImplementedError, match=r"PatchDropout must define scores\(coords"):
         PatchDropout(0.5)(torch.zeros(2, 16, 4))

@@ -4,6 +4,7 @@ import copy
 from functools import partial
 
 import pytest
+import timm
 import torch
 from hosts import (
     ALL,
@@ -379,3 +380,107 @@ def test_open_clips_forced_patch_dropout_gives_way_and_comes_back():
         assert drop.keep_indices.shape == (2, 18)
         assert gaussmask.detach(model).visual.patch_dropout is forced
     del open_clip.factory._MODEL_CONFIGS["gaussmask-tiny"]
+
+
+# A forward that never comes to the drop
+
+
+class CallsTheParts(torch.nn.Module):
+    """As people write it to get at the tokens of a ViT: without the seam of the ViT."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit = make_timm()
+
+    def forward(self, x):
+        x = self.vit._pos_embed(self.vit.patch_embed(x))
+        for block in self.vit.blocks:
+            x = block(x)
+        return self.vit.norm(x).mean(1)
+
+
+class OverridesForward(timm.models.VisionTransformer):
+    def forward_features(self, x, **kwargs):
+        x = self._pos_embed(self.patch_embed(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+PAST_THE_DROP = "embedded patches and went on without its patch dropout"
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+def test_a_model_that_calls_the_parts_of_a_vit(stage):
+    x = x_images(2)["x"]
+    model = CallsTheParts()
+    expected = model(x)
+    drop = RandomPatchDropout(0.5)
+    gaussmask.attach(model, drop, stage=stage)
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match=f"VisionTransformer {PAST_THE_DROP}"):
+            model(x)
+    drop.eval()
+    assert torch.equal(model(x), expected)
+    drop.train()
+    assert model.vit(x).shape == (2, 5), "called as it is meant to be, it goes on"
+    assert drop.keep_indices is not None
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+def test_parts_of_a_vit_that_is_never_called_itself(stage):
+    """The second call shows it at the latest."""
+    x = x_images(2)["x"]
+    model = CallsTheParts()
+    gaussmask.attach(model.vit, RandomPatchDropout(0.5), stage=stage)
+    model(x)
+    with pytest.raises(UnsupportedModelError, match=PAST_THE_DROP):
+        model(x)
+
+
+def test_a_subclass_whose_forward_has_no_patch_dropout():
+    x = x_images(2)["x"]
+    model = OverridesForward(img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
+    gaussmask.attach(model, RandomPatchDropout(0.5))
+    with pytest.raises(UnsupportedModelError, match=f"OverridesForward {PAST_THE_DROP}.*x = drop"):
+        model(x)
+    model.eval()(x)
+
+
+def test_a_forward_that_broke_off_is_not_held_against_the_next():
+    x = x_images(2)["x"]
+    drop = RandomPatchDropout(0.5)
+    model = gaussmask.attach(make_timm(), drop)
+    handle = model.patch_embed.register_forward_hook(lambda *_: torch.zeros(1)[2])
+    with pytest.raises(IndexError):
+        model(x)
+    handle.remove()
+    model(x)
+    model.patch_embed(x)  # nor is a look at the patches
+    model(x)
+    assert drop.keep_indices is not None
+
+
+def test_tokens_that_a_subclass_adds_in_front():
+    class Prompted(timm.models.VisionTransformer):
+        def _pos_embed(self, x):
+            x = super()._pos_embed(x)
+            return torch.cat([x[:, :1], x.new_zeros(len(x), 4, x.shape[-1]), x[:, 1:]], dim=1)
+
+    x = x_images(2)["x"]
+    model = Prompted(img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
+    drop = RandomPatchDropout(0.5)
+    gaussmask.attach(model, drop)
+    with pytest.raises(UnsupportedModelError, match=r"6 x 6 patches, but 40 tokens .* its num_prefix_tokens"):
+        model(x)
+    model.num_prefix_tokens = 5
+    gaussmask.attach(model, drop)
+    model(x)
+    assert drop.keep_indices.shape == (2, 18)
+
+
+def test_a_timm_that_is_too_old(monkeypatch):
+    model = make_timm()
+    monkeypatch.delattr(timm.layers.PatchEmbed, "dynamic_feat_size")
+    with pytest.raises(UnsupportedModelError, match=r"dynamic_feat_size, .* this timm is too old"):
+        gaussmask.attach(model, RandomPatchDropout(0.5))

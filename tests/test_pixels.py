@@ -108,7 +108,7 @@ def test_the_same_in_float32_to_the_contract(name):
 def test_what_cannot_be_equal_raises_at_attach(name):
     model, drop = ALL[name].build(), RandomPatchDropout(0.5)
     with pytest.raises(
-        UnsupportedModelError, match=rf"cannot drop pixels: .*{NO_PIXELS_AT_ATTACH[name]}.*stage='tokens' can"
+        UnsupportedModelError, match=rf"cannot drop pixels: .*{NO_PIXELS_AT_ATTACH[name]}.*stage='tokens' can be used"
     ):
         gaussmask.attach(model, drop, stage="pixels")
     assert gaussmask.attached(model) is None
@@ -120,7 +120,7 @@ def test_what_cannot_be_equal_raises_at_the_call(name):
     host = ALL[name]
     model = gaussmask.attach(host.build(), RandomPatchDropout(0.5), stage="pixels")
     with pytest.raises(
-        UnsupportedModelError, match=rf"cannot drop pixels: .*{NO_PIXELS_AT_THE_CALL[name]}.*stage='tokens' can"
+        UnsupportedModelError, match=rf"cannot drop pixels: .*{NO_PIXELS_AT_THE_CALL[name]}.*stage='tokens' can be used"
     ):
         model(**host.inputs(2))
     gaussmask.attached(model).eval()
@@ -442,7 +442,10 @@ def test_masked_positions_of_the_users_own(name):
 
 def test_dropout_of_a_configuration():
     model = tf.ViTModel(tf.ViTConfig(**{**VISION, "hidden_dropout_prob": 0.1}))
-    assert "(p=0.1): set that to 0" in gaussmask.describe(model).pixels_reason
+    assert (
+        "its dropout is a dropout with p=0.1, of which all images would share one draw: set dropout.p to 0"
+        in gaussmask.describe(model).pixels_reason
+    )
     model.embeddings.dropout.p = 0.0
     gaussmask.attach(model, RandomPatchDropout(0.5), stage="pixels")
 

@@ -17,6 +17,7 @@ STAGES = ("tokens", "pixels")
 
 def find_place(model: nn.Module) -> Place:
     """Where in `model` a drop would go; raises what `attach` raises for the model alone."""
+    check_model(model)
     for module in model.modules():
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             raise ValueError(
@@ -49,13 +50,14 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
     Raises:
         UnsupportedModelError: for a model that cannot be masked, or not at this `stage`, with the reason. Also by a
             forward, where only the call shows that pixels cannot be dropped (dropout on the embeddings that was turned
-            on later, positions that differ from image to image, a projection that was replaced or sharded by itself).
+            on later, positions that differ from image to image, a projection that was replaced or sharded by itself),
+            or where embedded patches went on without being dropped (a forward of your own that calls the parts).
         ValueError: for a compiled model, a drop that another model carries, a drop whose own `num_prefix_tokens`
             contradicts the model's, or an unknown `stage`.
-        TypeError: for a `drop` that is no `PatchDropout`.
+        TypeError: for a `drop` that is no `PatchDropout`, or a `model` that is no module.
     """
     if not isinstance(drop, PatchDropout):
-        raise TypeError(f"drop must be a gaussmask.PatchDropout, got {type(drop).__name__}")
+        raise TypeError(f"drop must be a gaussmask.PatchDropout, got {_what(drop)}")
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {', '.join(map(repr, STAGES))}, got {stage!r}")
     place = find_place(model)
@@ -69,6 +71,7 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
     detach(model)
     try:
         seam.install(place)
+        seam.guard(place)
     except UnsupportedModelError:  # a host of another version than those that are known
         seam.remove()
         raise
@@ -81,15 +84,40 @@ def detach(model: ModelT) -> ModelT:
 
     Returns:
         `model`.
+
+    Raises:
+        TypeError: for a `model` that is no module, or is the drop itself.
     """
+    check_model(model)
     for seam in list(_seams(model)):
         seam.remove()
     return model
 
 
 def attached(model: nn.Module) -> PatchDropout | None:
-    """The drop that `model` carries, or None: also of a deep copy, an unpickled, wrapped or compiled model."""
-    return next((seam.drop for seam in _seams(model)), None)
+    """The drop that `model` carries, or None: also of a deep copy, an unpickled, wrapped or compiled model.
+
+    Raises:
+        ValueError: where `model` carries more than one, each in a tower of its own.
+        TypeError: for a `model` that is no module, or is the drop itself.
+    """
+    check_model(model)
+    seams = list(_seams(model))
+    if len(seams) > 1:
+        towers = " and ".join(seam.host_name for seam in seams)
+        raise ValueError(f"{type(model).__name__} carries {len(seams)} drops ({towers}): ask each tower by itself")
+    return seams[0].drop if seams else None
+
+
+def check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {_what(model)}")
+    if isinstance(model, PatchDropout):
+        raise TypeError(f"model must be the model that carries the drop, got the {type(model).__name__} itself")
+
+
+def _what(value: object) -> str:
+    return f"the class {value.__name__}, not an instance" if isinstance(value, type) else type(value).__name__
 
 
 def _seams(model: nn.Module) -> Iterator[Seam]:

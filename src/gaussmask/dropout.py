@@ -112,7 +112,8 @@ class PatchDropout(nn.Module):
             generator: source of randomness on that device; None is the global one.
 
         Returns:
-            (B, N) float32. No gradient flows through it.
+            (B, N) float32. No gradient flows through it. NaN counts as the highest score: nothing checks for it, which
+            on a GPU would have to wait for the scores.
         """
         raise NotImplementedError(f"{type(self).__name__} must define scores(coords, generator=None) -> (B, N)")
 
@@ -176,6 +177,9 @@ class PatchDropout(nn.Module):
         elif coords.shape != (batch_size, num_patches, 2):
             raise ValueError(f"coords must have shape ({batch_size}, {num_patches}, 2), got {tuple(coords.shape)}")
         scores = self.scores(coords)
+        if not isinstance(scores, Tensor) or scores.dtype == torch.bool:
+            got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+            raise TypeError(f"{type(self).__name__}.scores must return a tensor of numbers, got {got}")
         if scores.shape != coords.shape[:2]:
             raise ValueError(
                 f"{type(self).__name__}.scores must return one score per patch, shape {tuple(coords.shape[:2])}, "

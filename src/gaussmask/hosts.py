@@ -214,8 +214,9 @@ def find_host(model: nn.Module) -> Place:
             if why := reason_against(names(module)):
                 raise UnsupportedModelError(f"{type(module).__name__} cannot be masked: {why}")
         raise UnsupportedModelError(
-            f"{type(model).__name__} holds no vision transformer that gaussmask knows; docs/hosts.md lists those that "
-            "it does. In a model of your own, call the drop on the tokens: x = drop(x)"
+            f"{names(model)[0]} holds no vision transformer that gaussmask knows (the documentation lists them under "
+            "Hosts). In a model of your own, call the drop on the tokens, behind their position embedding: "
+            "x = drop(x), with num_prefix_tokens=1 if a class token stands in front"
         )
     (place,) = places
     for owner in place.owners:

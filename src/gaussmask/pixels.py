@@ -37,7 +37,7 @@ GRADIENTS_ON = "make_inputs_require_grads"
 
 
 def cannot_drop_pixels(host_name: str, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{host_name} cannot drop pixels: {reason}. stage='tokens' can")
+    return UnsupportedModelError(f"{host_name} cannot drop pixels: {reason}. stage='tokens' can be used")
 
 
 class PixelStage:
@@ -81,14 +81,14 @@ class PixelStage:
             if _is_foreign(self.host, name):
                 return f"its {name} is not the one of its library, and gaussmask does not know what that does to tokens"
         for path in self.within:
-            for module in self.host.get_submodule(path).modules():
+            for name, module in self.host.get_submodule(path).named_modules(prefix=path):
                 if any(module.children()) and _is_foreign(module, "forward"):
                     return f"the forward of its {type(module).__name__} is not the one of its library"
                 if isinstance(module, _DropoutNd):
                     if module.p > 0:
                         return (
-                            f"one table would share one draw of the dropout on its embeddings (p={module.p:g}): set "
-                            "that to 0"
+                            f"its {name} is a dropout with p={module.p:g}, of which all images would share one draw: "
+                            f"set {name}.p to 0"
                         )
                 elif not (
                     module is projection

@@ -8,6 +8,7 @@ Hooks are bound methods of the seam, or objects that hold it, and all of them li
 pickles of a host have a seam, a drop and hooks of their own.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -142,6 +143,7 @@ class Seam(nn.Module):
         self.grid_size: tuple[int, ...] | None = None
         self.draw: Draw = self.new_draw()  # the latest
         self.begun: Draw | None = None  # one that is handed on before it is drawn
+        self.undropped = False  # patches were embedded, and have not reached the drop
         pixels = self.pixel_stage(place) if stage == "pixels" else None
         if isinstance(pixels, str):
             raise cannot_drop_pixels(place.name, pixels)
@@ -152,7 +154,7 @@ class Seam(nn.Module):
         self.drop._seam = weakref.ref(self)  # the copied drop sits in the copied host
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "grid_size": None, "draw": self.new_draw(), "begun": None}
+        return {**self.__dict__, "grid_size": None, "draw": self.new_draw(), "begun": None, "undropped": False}
 
     def new_draw(self) -> Draw:
         return Draw(self.num_prefix_tokens, self.num_suffix_tokens)
@@ -204,12 +206,20 @@ class Seam(nn.Module):
         self.put(module, self.slot, self)
         if self.pixels is not None:
             self.handles += self.pixels.install()
-        self.handles.append(self.watch(module.get_submodule(host.grid_source)))
+        grid_source = module.get_submodule(host.grid_source)
+        self.handles.append(self.watch(grid_source))
+        self.handles.append(grid_source.register_forward_hook(self.expect_drop))
         for class_name, beside in host.besides.items():
             for part in place.within(class_name):
                 self.handles += beside(self, part).install()
         if hasattr(module, "forward_intermediates"):
             self.put(module, "forward_intermediates", FeatureMapGuard(module, self.drop))
+
+    def guard(self, place: Place) -> None:
+        """Raise when a forward ends without the drop. To be installed last, for then its hooks are the last to run."""
+        for module in dict.fromkeys((*place.owners[:1], place.tower)):
+            self.handles.append(module.register_forward_pre_hook(self.enter))
+            self.handles.append(module.register_forward_hook(self.leave))
 
     def put(self, owner: nn.Module, name: str, value: Any) -> None:
         """Set an attribute of the host's modules, and remember what was there."""
@@ -243,6 +253,30 @@ class Seam(nn.Module):
         """Forward hook of a convolution: its output is the grid, of an image (H, W) or of a video (T, H, W)."""
         self.grid_size = tuple(output.shape[2:])
 
+    # Whether embedded patches come to the drop
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the model: what an earlier forward left behind, which broke off, is none of this one."""
+        self.undropped = False
+
+    def expect_drop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the module that shows the grid, which a forward calls once."""
+        self.demand_drop()
+        self.undropped = self.drop.active
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the model."""
+        self.demand_drop()
+
+    def demand_drop(self) -> None:
+        if self.undropped:
+            self.undropped = False
+            raise UnsupportedModelError(
+                f"{self.host_name} embedded patches and went on without its patch dropout, so that none were dropped: "
+                "its forward is overridden, or its parts are called one by one. Detach, and call the drop on the "
+                "tokens there, x = drop(x); or turn it off with drop.eval()"
+            )
+
     def agreed(self, name: str, host_value: Any) -> Any:
         """The host's value of a drop's argument, which a value of the drop's own must not contradict."""
         own = getattr(self.drop, name)
@@ -273,6 +307,7 @@ class Seam(nn.Module):
         self, x: Tensor, num_prefix_tokens: int | None = None, **facts: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Drop tokens as told by `facts` (see `PatchDropout.draw`), or by the grid that was watched."""
+        self.undropped = False
         grid_size, self.grid_size = self.grid_size, None  # true for one forward only
         if not facts and self.drop.active:
             if grid_size is None:
@@ -295,6 +330,12 @@ class Seam(nn.Module):
         for fact in facts.keys() & {"coords", "valid"}:  # of a blank image, where pixels are dropped
             facts[fact] = facts[fact].expand(batch_size, *facts[fact].shape[1:])
         grid_size = facts.pop("grid_size", None)
+        if grid_size is not None and math.prod(grid_size) != num_patches:
+            raise UnsupportedModelError(
+                f"{self.host_name} has a grid of {' x '.join(map(str, grid_size))} patches, but {num_patches} tokens "
+                f"besides its {self.num_prefix_tokens + self.num_suffix_tokens} others: if it was given further "
+                "tokens, count them in its num_prefix_tokens and attach again"
+            )
         keep_indices = self.drop.draw(batch_size, num_patches, grid_size, **facts, device=x.device)
         self.draw.keep_indices = keep_indices
         return self.take(x, keep_indices, prefix), keep_indices

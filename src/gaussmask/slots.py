@@ -17,6 +17,14 @@ class TimmSeam(Seam):
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = FromPatchEmbedAndDropout
 
+    def check(self, place: Place) -> None:
+        if not hasattr(place.module.get_submodule("patch_embed"), "dynamic_feat_size"):
+            raise UnsupportedModelError(
+                f"the patch_embed of {place.name} has no dynamic_feat_size, which tells the grid: this timm is too "
+                "old, update it"
+            )
+        super().check(place)
+
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         return tuple(cast("Any", place.module).patch_embed.grid_size)
 

@@ -141,7 +141,7 @@ def square_grid_size(num_patches: int) -> tuple[int, int]:
     if side * side != num_patches:
         raise ValueError(
             f"{num_patches} patches form no square grid: pass grid_size=(height, width), "
-            "and num_prefix_tokens if class or register tokens are among them"
+            "and num_prefix_tokens if class or register tokens stand in front of them"
         )
     return side, side
 
