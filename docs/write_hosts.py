@@ -46,6 +46,10 @@ This page is written by `make hosts` from the tables that the tests walk. Measur
 
 `gaussmask.describe(model)` says the same of a model that you have at hand.
 
+## Masked
+
+{masked}
+
 **The position oracle.** A model in training mode with all other dropouts at 0 keeps some patches, drawn apart for
 every image and in no order, with all position tables and biases random. The hidden states of the kept tokens must be
 those of the full model in which nothing attends to the dropped ones. They hold only if every kept token still carries
@@ -53,10 +57,6 @@ its own position. The error is the largest relative difference over the family's
 ({hosts} in all) and over ratios .5, .75, .918 and .05 (fewer patches dropped than there are prefix tokens), hidden
 states and pooled outputs; `tests/test_oracle.py` demands at most 2e-5. Without masked keys the full model differs by
 at least 3e-3.
-
-## Masked
-
-{masked}
 
 *Error*: the oracle's. *Always kept*: tokens in front of the patches, and behind them. *Seam*: the host's own slot for
 patch dropout, in which the drop stands, or a hook on the module that returns the tokens. *Follows*: what lies beside
@@ -128,10 +128,11 @@ builds timm 1.0.20's model on the meta device, where it cannot be built. FSDP2 d
 These counts are of stage "tokens". Stage "pixels" was run with torch 2.14.1, timm 1.0.31, transformers 5.24.0 and
 open_clip 3.3.0, and with the oldest versions.
 
-The oldest versions on Python 3.10 pass the library's other tests as well, but for 23 that `noxfile.py` leaves out of
-`nox -s oldest`, each for a reason that lies in those versions. Three of the reasons matter in use: torch 2.6 breaks the
-graph at stage "pixels" (`fullgraph=True` raises, without it the model compiles), and in transformers 5.0 the loss of
-`GitForCausalLM` and the cross-attention of KOSMOS-2 are wrong, with or without a drop.
+The oldest versions on Python 3.10 pass all other tests as well, but for those that `noxfile.py` leaves out of `nox -s
+oldest`, each for a reason that lies in those versions. These matter in use: torch 2.6 breaks the graph at stage
+"pixels" (`fullgraph=True` raises, without it the model compiles); and with or without a drop, torch 2.6 compiles wrong
+gradients of embeddings on the CPU and exports a dynamic batch only with a largest size, and in transformers 5.0 the
+loss of `GitForCausalLM` and the cross-attention of KOSMOS-2 are wrong.
 
 `make versions` runs the tests with the oldest and with the newest versions."""
 
