@@ -183,7 +183,8 @@ class MaskFromOutsideSeam(HookSeam):
         keep_indices = self.draw.keep_indices
         if self.kept_mask is None or keep_indices is None:
             return super().drop_tokens(x, num_prefix_tokens, **facts)
-        self.kept_mask, self.undropped = None, False
+        self.kept_mask = None
+        self.reach_drop()
         return self.take(x, keep_indices, self.num_prefix_tokens), keep_indices
 
 
@@ -291,7 +292,8 @@ class PackedSeam(Seam):
             self.grids = [tuple(output.shape[2:])] * len(output)
 
     def before_transformer(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        grids, self.grids, self.undropped = self.grids, None, False
+        grids, self.grids = self.grids, None
+        self.reach_drop()
         x = self.tokens.read(args, kwargs)
         if not self.drop.active:
             self.drop.keep_indices = None

@@ -143,7 +143,7 @@ class Seam(nn.Module):
         self.grid_size: tuple[int, ...] | None = None
         self.draw: Draw = self.new_draw()  # the latest
         self.begun: Draw | None = None  # one that is handed on before it is drawn
-        self.undropped = False  # patches were embedded, and have not reached the drop
+        self.undropped: bool = False  # patches were embedded, and have not reached the drop
         pixels = self.pixel_stage(place) if stage == "pixels" else None
         if isinstance(pixels, str):
             raise cannot_drop_pixels(place.name, pixels)
@@ -264,6 +264,10 @@ class Seam(nn.Module):
         self.demand_drop()
         self.undropped = self.drop.active
 
+    def reach_drop(self) -> None:
+        """What was embedded has come to the drop."""
+        self.undropped = False
+
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the model."""
         self.demand_drop()
@@ -307,7 +311,7 @@ class Seam(nn.Module):
         self, x: Tensor, num_prefix_tokens: int | None = None, **facts: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Drop tokens as told by `facts` (see `PatchDropout.draw`), or by the grid that was watched."""
-        self.undropped = False
+        self.reach_drop()
         grid_size, self.grid_size = self.grid_size, None  # true for one forward only
         if not facts and self.drop.active:
             if grid_size is None:
