@@ -357,7 +357,7 @@ def grouped(model):
 
 
 CHANGES = {
-    hooked: "carries hooks", parametrized: "is a Parametrized", with_dropout: r"dropout on its embeddings \(p=0.1\)",
+    hooked: "carries hooks", parametrized: "is a Parametrized", with_dropout: "set pos_drop.p to 0",
     adapted: "is a LowRank", normed: "pass through LayerNorm", shadowed: "a forward of somebody else's",
     dilated: r"dilation=\(2, 2\)", grouped: "groups=3",
 }  # fmt: skip

@@ -54,7 +54,8 @@ class Description:
 
     def __str__(self) -> str:
         if self.reason is not None:
-            return self.reason if self.reason.startswith(self.model) else f"{self.model}: {self.reason}"
+            first = self.reason.partition(" ")[0]  # Class, or library.Class
+            return self.reason if self.model in first.split(".") else f"{self.model}: {self.reason}"
         always = f"{self.num_prefix_tokens} in front" if self.num_prefix_tokens else ""
         always += ", " * bool(always and self.num_suffix_tokens)
         always += f"{self.num_suffix_tokens} behind" if self.num_suffix_tokens else ""
@@ -83,7 +84,7 @@ def describe(model: nn.Module) -> Description:
 
     >>> from torch import nn
     >>> print(describe(nn.Linear(2, 2)))  # doctest: +ELLIPSIS
-    Linear holds no vision transformer that gaussmask knows...
+    torch.Linear holds no vision transformer that gaussmask knows...
     """
     model_name = type(model).__name__
     try:
