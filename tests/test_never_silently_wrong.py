@@ -482,5 +482,5 @@ def test_tokens_that_a_subclass_adds_in_front():
 def test_a_timm_that_is_too_old(monkeypatch):
     model = make_timm()
     monkeypatch.delattr(timm.layers.PatchEmbed, "dynamic_feat_size")
-    with pytest.raises(UnsupportedModelError, match=r"dynamic_feat_size, .* this timm is too old"):
+    with pytest.raises(UnsupportedModelError, match=r"no dynamic_feat_size, .* timm 1\.0\.20 or newer"):
         gaussmask.attach(model, RandomPatchDropout(0.5))

@@ -20,8 +20,8 @@ class TimmSeam(Seam):
     def check(self, place: Place) -> None:
         if not hasattr(place.module.get_submodule("patch_embed"), "dynamic_feat_size"):
             raise UnsupportedModelError(
-                f"the patch_embed of {place.name} has no dynamic_feat_size, which tells the grid: this timm is too "
-                "old, update it"
+                f"the patch_embed of {place.name} has no dynamic_feat_size, which tells the grid: it is not one of "
+                "timm 1.0.20 or newer"
             )
         super().check(place)
 
