@@ -46,6 +46,8 @@ BEYOND_THE_OLDEST = (
     "test_whole_models.py::test_git_counts_the_kept_tokens",
     *(f"test_whole_models.py::test_nothing_behind_the_tower_believes_in_all_patches[{name}]" for name in KOSMOS),
     "test_whole_models.py::test_whole_models_train_on_fewer_patches[Kosmos2VisionTransformer]",
+    # torch 2.6 exports with strict=True only what sets no attribute in its forward.
+    "test_export.py::test_nothing_of_gaussmask_is_in_an_exported_graph[timm-vit-stages0-True]",
     # torch 2.6 has no FSDP2 on the CPU.
     "test_train_clip.py::test_two_processes_compute_what_one_computes",
     "test_train_clip.py::test_two_processes_train_shard_and_resume",

@@ -130,9 +130,10 @@ open_clip 3.3.0, and with the oldest versions.
 
 The oldest versions on Python 3.10 pass all other tests as well, but for those that `noxfile.py` leaves out of `nox -s
 oldest`, each for a reason that lies in those versions. These matter in use: torch 2.6 breaks the graph at stage
-"pixels" (`fullgraph=True` raises, without it the model compiles); and with or without a drop, torch 2.6 compiles wrong
-gradients of embeddings on the CPU and exports a dynamic batch only with a largest size, and in transformers 5.0 the
-loss of `GitForCausalLM` and the cross-attention of KOSMOS-2 are wrong.
+"pixels" (`fullgraph=True` raises, without it the model compiles) and exports an attached model only with
+`strict=False`, or detached; and with or without a drop, torch 2.6 compiles wrong gradients of embeddings on the CPU and
+exports a dynamic batch only with a largest size, and in transformers 5.0 the loss of `GitForCausalLM` and the
+cross-attention of KOSMOS-2 are wrong.
 
 `make versions` runs the tests with the oldest and with the newest versions."""
 
