@@ -226,13 +226,13 @@ def claims(setting: Setting) -> list[Claim]:
 
 
 def plan(of: Sequence[Claim], seeds: Sequence[int]) -> dict[Run, set[str]]:
-    """Every run that the rows need, in their order, with the figures that they need of it."""
+    """Every run that the rows need, with the figures that they need of it; row by row, so that stopping leaves whole
+    rows."""
     needed: dict[Run, set[str]] = {}
-    for claim in of:
-        for seed in seeds:
-            for row in claim.rows:
-                for run in itertools.chain.from_iterable(row.pairs):
-                    needed.setdefault(replace(run, seed=seed), set()).update(row.figures)
+    for row in itertools.chain.from_iterable(claim.rows for claim in of):
+        for seed, pair in itertools.product(seeds, row.pairs):
+            for run in pair:
+                needed.setdefault(replace(run, seed=seed), set()).update(row.figures)
     return needed
 
 
