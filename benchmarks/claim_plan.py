@@ -369,5 +369,5 @@ def _border(setting: Setting) -> Iterator[Row]:
     data = setting.class_sets[0]
     for count in (None, *setting.fewer_images[data.name]):
         yield row("passes", data.name, data.splits[0], train_images=count)
-    for size, centering in itertools.product(sorted((OBJECT_SIZE, *OTHER_OBJECT_SIZES)), (1.0, 0.0)):
+    for centering, size in itertools.product((0.0, 1.0), sorted((OBJECT_SIZE, *OTHER_OBJECT_SIZES))):
         yield row("object", SCENES, "test", centering=centering, object_size=size)
