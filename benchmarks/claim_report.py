@@ -159,7 +159,7 @@ def _cells(claim: Claim, judged: Judged) -> dict[str, str]:
     margin = f" (above {row.margin:g})" if row.margin else ""
     return {
         **row.labels,
-        **({"each image seen": "–" if judged.passes is None else f"{judged.passes:.3g} times"} if claim.passes else {}),
+        **({"each image seen": "–" if judged.passes is None else f"{judged.passes:.3g}×"} if claim.passes else {}),
         **dict(zip(claim.sides, sides, strict=True)),
         "difference (95 %)": interval(judged.found),
         "n": str(judged.found.n if judged.found else 0),
