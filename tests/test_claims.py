@@ -119,6 +119,13 @@ class TestPlan:
         shared = needed[replace(flip("cifar10", 0.75), seed=3)]
         assert shared >= {"masked.test.top1", "tuned.test.top1", "tuned.test.probe"}
 
+    def test_stopping_anywhere_leaves_whole_rows(self):
+        order = list(plan(claims.claims(FULL), range(5)))
+        so_far = set()
+        for row in (row for claim in claims.claims(FULL) for row in claim.rows):
+            so_far |= {replace(run, seed=seed) for pair in row.pairs for run in pair for seed in range(5)}
+            assert set(order[: len(so_far)]) == so_far
+
     def test_the_rule_says_what_is_run(self):
         rule = " ".join((claim_report.ROOT / "docs" / "claims-rule.md").read_text(encoding="utf-8").split())
         recipe = FULL.recipe
