@@ -30,7 +30,7 @@ from test_every_name import build_on_meta, vision_classes  # noqa: E402
 
 import gaussmask  # noqa: E402
 from gaussmask.hosts import HOSTS  # noqa: E402
-from gaussmask.refusals import REFUSED, REFUSED_OWNERS  # noqa: E402
+from gaussmask.hosts.refusals import REFUSED, REFUSED_OWNERS  # noqa: E402
 
 
 class Measured(NamedTuple):

@@ -35,7 +35,7 @@ from torch import nn
 
 import gaussmask
 from gaussmask import GaussianPatchDropout, RandomPatchDropout, UnsupportedModelError
-from gaussmask.seams import Seam
+from gaussmask.seams.seam import Seam
 
 
 @pytest.fixture(autouse=True)

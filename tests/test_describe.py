@@ -77,7 +77,7 @@ def test_refusals_are_described_and_not_raised():
 
 def test_the_reasons_for_all_families_of_a_library_read_as_sentences():
     """Class, verb and reason: `Swin cannot be masked: it attends within windows of the full grid`."""
-    from gaussmask.refusals import REFUSED, reason_against
+    from gaussmask.hosts.refusals import REFUSED, reason_against
 
     for library, reasons in REFUSED.items():
         for why, beginnings in reasons.items():

@@ -16,13 +16,13 @@ import transformers as tf
 from hosts import ALL
 
 import gaussmask
-from gaussmask.refusals import reason_against, reason_against_owner
+from gaussmask.hosts.refusals import reason_against, reason_against_owner
 
 NEW = """
 {library} brings {name}, which gaussmask does not know: {problem}.
-  - If its patches are one flat sequence with attention over all of them, add a row to HOSTS in src/gaussmask/hosts.py
-    and a tiny model to tests/hosts.py, so that the oracle proves it.
-  - Otherwise add the beginning of its class name to REFUSED in src/gaussmask/refusals.py, under its reason.
+  - If its patches are one flat sequence with attention over all of them, add a row to HOSTS in src/gaussmask/hosts/,
+    in the file of its library, and a tiny model to tests/hosts.py, so that the oracle proves it.
+  - Otherwise add the beginning of its class name to REFUSED in src/gaussmask/hosts/refusals.py, under its reason.
   - Then run `make hosts`, which writes docs/hosts.md anew.
 """
 UNKNOWN = "holds no vision transformer that gaussmask knows"

@@ -24,8 +24,8 @@ from oracle import TOLERANCE, difference, masked_keys, randomise
 
 import gaussmask
 from gaussmask import GaussianPatchDropout, PatchDropout, RandomPatchDropout, UnsupportedModelError
-from gaussmask.besides import Batched, KeyMask
-from gaussmask.hooks import Argument, Draw
+from gaussmask.seams.call import Argument, Draw
+from gaussmask.seams.followers import Batched, KeyMask
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,8 @@ import pytest
 import gaussmask
 
 ROOT = Path(__file__).parents[1]
-MODULES = {f"gaussmask/{path.name}" for path in (ROOT / "src" / "gaussmask").glob("*.py")} | {"gaussmask/py.typed"}
+SOURCE = ROOT / "src"
+MODULES = {path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py")} | {"gaussmask/py.typed"}
 
 
 def run(*command, **settings):

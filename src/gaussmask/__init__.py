@@ -5,9 +5,9 @@ from importlib.metadata import version
 from . import functional, plot
 from .attach import attach, attached, detach
 from .describe import Description, describe
-from .dropout import GaussianPatchDropout, PatchDropout, RandomPatchDropout
+from .drops import GaussianPatchDropout, PatchDropout, RandomPatchDropout
 from .functional import keep_probability
-from .hooks import UnsupportedModelError
+from .seams.unsupported import UnsupportedModelError
 
 __version__ = version("gaussmask")
 

@@ -5,10 +5,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from .dropout import PatchDropout
-from .hooks import UnsupportedModelError
+from .drops import PatchDropout
 from .hosts import find_host
-from .seams import Place, Seam
+from .seams.host import Place
+from .seams.seam import Seam
+from .seams.unsupported import UnsupportedModelError
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .attach import find_place
-from .dropout import RandomPatchDropout
-from .hooks import UnsupportedModelError
-from .scores import num_kept_patches
+from .drops import RandomPatchDropout
+from .sampling.top import num_kept_patches
+from .seams.unsupported import UnsupportedModelError
 
 RATIOS = (0.5, 0.75, 0.918)
 

@@ -1,4 +1,4 @@
-"""Patch dropout layers: FLIP's random masking, GLIP's centred masking, and the base class for scores of your own."""
+"""The layer that drops patches, whatever the rule: `PatchDropout`, the base class of every file beside it."""
 
 import math
 import weakref
@@ -8,27 +8,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .functional import (
-    gaussian_scores,
-    num_kept_patches,
-    patch_coordinates,
-    take_drawn_tokens,
-    top_packed_patches,
-    top_patches,
-    uniform_scores,
-)
-from .validation import (
-    check_center,
+from ..sampling.checks import (
     check_flag,
     check_grid_holds,
     check_grid_size,
     check_mask_ratio,
     check_prefix_count,
-    check_sampling,
-    check_sigma,
     check_tokens,
     square_grid_size,
 )
+from ..sampling.scores import patch_coordinates
+from ..sampling.tokens import take_drawn_tokens
+from ..sampling.top import num_kept_patches, top_packed_patches, top_patches
 
 
 class PatchDropout(nn.Module):
@@ -195,74 +186,3 @@ class PatchDropout(nn.Module):
             self.keep_indices = top_packed_patches(scores[0], lengths, kept, ordered=self.ordered).unsqueeze(0)
         self._mask_shape = (num_patches,) if grid_size is None else tuple(grid_size)
         return self.keep_indices
-
-
-class RandomPatchDropout(PatchDropout):
-    """Keep patches uniformly at random: FLIP (Li et al., CVPR 2023, arXiv 2212.00794, section 3).
-
-    Arguments, modes and errors are those of `PatchDropout`.
-
-    >>> drop = RandomPatchDropout(0.75, num_prefix_tokens=1)
-    >>> drop(torch.zeros(2, 1 + 196, 384)).shape
-    torch.Size([2, 50, 384])
-    """
-
-    def scores(self, coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return uniform_scores(coords, generator)
-
-
-class GaussianPatchDropout(PatchDropout):
-    """Keep the patches near the centre more often: GLIP (Liang and Larson, ECML 2024, arXiv 2403.15837, section 3).
-
-    Arguments, modes and errors are those of `PatchDropout`, and:
-
-    Args:
-        sigma: **variance** of the Gaussian on the square [-1, 1]^2 that the image fills, for the paper and its authors'
-            code use it so: their 0.2 is a standard deviation of 0.447, 22 % of the image's side.
-        center: (y, x) of its mean in [-1, 1]^2; (0, 0) is the middle of the image.
-        sampling: `"additive"` is the authors' own rule, u + density with u from U[0, 1). It keeps some patches always
-            and others never when the density is high (see `functional.keep_probability`). `"weighted"` is weighted
-            sampling without replacement with the density as the weights; every patch has a chance.
-
-    >>> drop = GaussianPatchDropout(0.5, sigma=0.2, num_prefix_tokens=1)
-    >>> drop(torch.zeros(2, 1 + 196, 384)).shape
-    torch.Size([2, 99, 384])
-    >>> drop.keep_mask.shape
-    torch.Size([2, 14, 14])
-    """
-
-    _checks: ClassVar[dict[str, Callable[[Any], Any]]] = {
-        **PatchDropout._checks,
-        "sigma": check_sigma,
-        "center": check_center,
-        "sampling": check_sampling,
-    }
-
-    sigma: float
-    center: tuple[float, float]
-    sampling: str
-
-    def __init__(
-        self,
-        mask_ratio: float,
-        sigma: float = 0.2,
-        *,
-        num_prefix_tokens: int | None = None,
-        grid_size: Sequence[int] | None = None,
-        ordered: bool = False,
-        center: tuple[float, float] = (0.0, 0.0),
-        sampling: str = "additive",
-    ) -> None:
-        super().__init__(mask_ratio, num_prefix_tokens=num_prefix_tokens, grid_size=grid_size, ordered=ordered)
-        self.sigma = sigma
-        self.center = center
-        self.sampling = sampling
-
-    def scores(self, coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return gaussian_scores(coords, self.sigma, center=self.center, sampling=self.sampling, generator=generator)
-
-    def extra_repr(self) -> str:
-        own = f"sigma={self.sigma:g} (a variance: std {math.sqrt(self.sigma):.3f}), sampling={self.sampling!r}"
-        if self.center != (0, 0):
-            own += f", center={self.center}"
-        return f"{super().extra_repr()}, {own}"

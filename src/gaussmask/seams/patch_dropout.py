@@ -1,4 +1,4 @@
-"""Seams that stand in a slot of the host's own for patch dropout: timm."""
+"""Seams that take the place of the host's own patch dropout: open_clip and timm."""
 
 from typing import Any, ClassVar, cast
 
@@ -6,10 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .entries import FromPatchEmbedAndDropout, NaFlexImages
-from .hooks import UnsupportedModelError
+from .host import Place
+from .image_paths import FromConv1, FromPatchEmbedAndDropout, NaFlexImages
 from .pixels import PixelStage
-from .seams import Place, Seam, own_grids
+from .seam import Seam, own_grids
+from .unsupported import UnsupportedModelError
+
+
+class OpenClipSeam(Seam):
+    """open_clip's `patch_dropout`."""
+
+    pixels_by_default: ClassVar[type[PixelStage] | str] = FromConv1
 
 
 class TimmSeam(Seam):

@@ -9,19 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from .besides import (
-    CrossMask,
-    KeyMask,
-    KeyMaskIfAny,
-    NeedsAllPatches,
-    PositionMask,
-    PositionsPerLayer,
-    RotaryArgument,
-    RotaryTables,
-    TokenCount,
-)
-from .biases import BeitBiases, BiasModule, HandedFlag, RelPosBiases
-from .embeddings import (
+from ..seams.biases import BeitBiases, BiasModule, HandedFlag, RelPosBiases
+from ..seams.embeddings import (
     FlattenedPatchesSeam,
     HookSeam,
     LatePrefixSeam,
@@ -32,11 +21,22 @@ from .embeddings import (
     TimmHookSeam,
     UnfoldSeam,
 )
-from .entries import Spectrograms, Videos
-from .hooks import UnsupportedModelError
+from ..seams.followers import (
+    CrossMask,
+    KeyMask,
+    KeyMaskIfAny,
+    NeedsAllPatches,
+    PositionMask,
+    PositionsPerLayer,
+    RotaryArgument,
+    RotaryTables,
+    TokenCount,
+)
+from ..seams.host import Beside, Host, Place
+from ..seams.image_paths import Spectrograms, Videos
+from ..seams.patch_dropout import NaFlexSeam, OpenClipSeam, TimmSeam, TimmTupleSeam
+from ..seams.unsupported import UnsupportedModelError
 from .refusals import reason_against, reason_against_owner
-from .seams import Beside, Host, Place, Seam
-from .slots import NaFlexSeam, TimmSeam, TimmTupleSeam
 
 
 def _num_prefix_tokens(model: Any) -> int:
@@ -95,7 +95,7 @@ HOSTS: dict[str, Host] = {
         note=f"{OWN_GRIDS} Pooling 'avg' or none.",
     ),
     # open_clip
-    "open_clip.VisionTransformer": Host(Seam, "conv1", 1, slot="patch_dropout"),
+    "open_clip.VisionTransformer": Host(OpenClipSeam, "conv1", 1, slot="patch_dropout"),
     # transformers: absolute positions, added in the embeddings
     "transformers.Aimv2VisionEmbeddings": Host(HookSeam, "patch_embed"),
     "transformers.AltCLIPVisionEmbeddings": Host(HookSeam, CONV, 1),

@@ -5,11 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .functional import token_indices
-
-
-class UnsupportedModelError(TypeError):
-    """A model that cannot be masked; the message names its class, the reason and, where there is one, the way out."""
+from ..sampling.tokens import token_indices
+from .unsupported import UnsupportedModelError
 
 
 class Argument(NamedTuple):

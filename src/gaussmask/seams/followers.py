@@ -7,8 +7,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .hooks import Argument, Draw, UnsupportedModelError
-from .seams import Beside
+from .call import Argument, Draw
+from .host import Beside
+from .unsupported import UnsupportedModelError
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]

@@ -19,25 +19,22 @@ from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
-from .dropout import PatchDropout
-from .functional import take_drawn_tokens, token_indices
-from .hooks import UnsupportedModelError
-from .patches import take_drawn_patches
+from ..drops.base import PatchDropout
+from ..sampling.patches import take_drawn_patches
+from ..sampling.tokens import take_drawn_tokens, token_indices
+from .unsupported import cannot_drop_pixels
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-LIBRARIES = (__package__, "open_clip", "timm", "torch", "transformers")
+OURS = __name__.partition(".")[0]
+LIBRARIES = (OURS, "open_clip", "timm", "torch", "transformers")
 PROJECTIONS = (nn.Conv2d, nn.Conv3d, nn.Linear)
 # What may lie between a projection and the tokens besides: none of it changes them, or all of it is position.
 HARMLESS = ("Identity", "Embedding", "InterpolateInitialPositionEmbeddings")
 
 # The hook by which transformers turns the gradients of embeddings on for checkpointing and adapters.
 GRADIENTS_ON = "make_inputs_require_grads"
-
-
-def cannot_drop_pixels(host_name: str, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{host_name} cannot drop pixels: {reason}. stage='tokens' can be used")
 
 
 class PixelStage:
@@ -276,7 +273,7 @@ def _foreign_hooks(module: nn.Module) -> list[Any]:
     return [
         hook
         for hook in hooks
-        if not type(getattr(hook, "__self__", hook)).__module__.startswith(f"{__package__}.")
+        if not type(getattr(hook, "__self__", hook)).__module__.startswith(f"{OURS}.")
         and getattr(hook, "__name__", "") != GRADIENTS_ON
     ]
 

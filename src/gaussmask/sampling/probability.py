@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .scores import log_density_at, num_kept_patches, patch_coordinates, rankable
-from .validation import check_center, check_grid_size, check_mask_ratio, check_sampling, check_sigma
+from .checks import check_center, check_grid_size, check_mask_ratio, check_sampling, check_sigma
+from .scores import log_density_at, patch_coordinates, rankable
+from .top import num_kept_patches
 
 
 def keep_probability(

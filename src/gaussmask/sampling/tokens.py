@@ -14,18 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .patches import take_patches
-from .probability import keep_probability
-from .scores import (
-    gaussian_density,
-    gaussian_scores,
-    num_kept_patches,
-    patch_coordinates,
-    top_packed_patches,
-    top_patches,
-    uniform_scores,
-)
-from .validation import (
+from .checks import (
     check_center,
     check_count,
     check_flag,
@@ -37,21 +26,8 @@ from .validation import (
     check_tokens,
     square_grid_size,
 )
-
-__all__ = [
-    "gaussian_density",
-    "gaussian_patch_dropout",
-    "gaussian_scores",
-    "keep_probability",
-    "num_kept_patches",
-    "patch_coordinates",
-    "sample_keep_indices",
-    "take_patches",
-    "take_tokens",
-    "top_packed_patches",
-    "top_patches",
-    "uniform_scores",
-]
+from .scores import gaussian_scores, patch_coordinates, uniform_scores
+from .top import num_kept_patches, top_patches
 
 
 def sample_keep_indices(

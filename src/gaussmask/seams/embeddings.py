@@ -6,7 +6,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from .entries import (
+from ..sampling.scores import patch_coordinates
+from .call import Argument
+from .host import Place
+from .image_paths import (
     OWN_POSITIONS,
     PACKED,
     FromPatchEmbed,
@@ -15,11 +18,10 @@ from .entries import (
     Gemma4Images,
     OneShape,
 )
-from .functional import patch_coordinates
-from .hooks import Argument, UnsupportedModelError
+from .patch_dropout import TimmSeam
 from .pixels import PixelStage
-from .seams import Place, Seam, own_grids
-from .slots import TimmSeam
+from .seam import Seam, own_grids
+from .unsupported import UnsupportedModelError
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .hooks import Argument, Draw
-from .seams import Beside, Seam
+from .call import Argument, Draw
+from .host import Beside
+from .seam import Seam
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]

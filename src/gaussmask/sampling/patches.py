@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .validation import check_axes, check_images, check_keep_indices
+from .checks import check_axes, check_images, check_keep_indices
 
 
 def take_drawn_patches(

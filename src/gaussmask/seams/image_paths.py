@@ -8,8 +8,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .patches import take_drawn_patches
-from .pixels import Args, Kwargs, PixelStage, cannot_drop_pixels
+from ..sampling.patches import take_drawn_patches
+from .pixels import Args, Kwargs, PixelStage
+from .unsupported import cannot_drop_pixels
 
 OWN_POSITIONS = "its positions differ from image to image, so that one table cannot hold them"
 PACKED = "it packs images of many sizes into one sequence"

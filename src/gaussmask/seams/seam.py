@@ -10,116 +10,22 @@ pickles of a host have a seam, a drop and hooks of their own.
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .dropout import PatchDropout
-from .entries import FromConv1
-from .functional import take_drawn_tokens
-from .hooks import Draw, UnsupportedModelError
-from .pixels import PixelStage, cannot_drop_pixels
-
-
-@dataclass(frozen=True)
-class Host:
-    """How one family of models takes a drop: a row of `hosts.HOSTS`.
-
-    Args:
-        seam: the mechanism.
-        grid_source: path, below the host, of the module whose forward shows the true grid.
-        prefix, suffix: the number of tokens in front of and behind the patches, or how to read it off the host.
-        tokens: path, below the host, of the module whose hook drops tokens.
-        slot: attribute of the host that the seam sits in.
-        besides: by class name, the modules that hold something with one row per token beside the tokens.
-        refuse: the reason why a host of this family cannot be masked as it is configured, or None.
-        pixels: how it drops before its projection, or why it cannot; None is what its seam says.
-        size: reads the size of the input off a config, for `describe`: (H, W), with frames in front for videos.
-        note: what a user has to know about the family.
-    """
-
-    seam: "type[Seam]"
-    grid_source: str
-    prefix: int | Callable[[Any], int] = 0
-    suffix: int | Callable[[Any], int] = 0
-    tokens: str = ""
-    slot: str = "patch_drop"
-    besides: "Mapping[str, type[Beside]]" = field(default_factory=dict)
-    refuse: Callable[[Any], str | None] = lambda host: None
-    pixels: type[PixelStage] | str | None = None
-    size: Callable[[Any], Any] = lambda config: config.image_size
-    note: str = ""
-
-    @staticmethod
-    def count(tokens: int | Callable[[Any], int], module: nn.Module) -> int:
-        return tokens if isinstance(tokens, int) else tokens(module)
-
-
-class Place(NamedTuple):
-    """Where in a model a host was found."""
-
-    host: Host
-    key: str  # of the row
-    module: nn.Module
-    owners: tuple[nn.Module, ...]  # outermost first
-    path: str  # of the module in the outermost owner
-
-    @property
-    def is_embedding(self) -> bool:
-        """Whether the host is the embedding module of a tower, and not the tower itself."""
-        return self.key.endswith("Embeddings") and bool(self.owners)
-
-    @property
-    def tower(self) -> nn.Module:
-        """The module whose forward is one pass through the host."""
-        return self.owners[-1] if self.is_embedding else self.module
-
-    @property
-    def name(self) -> str:
-        """The class that a user knows."""
-        return type(self.tower).__name__
-
-    def at(self, path: str) -> str:
-        """The path of something below the host, seen from the outermost owner."""
-        return ".".join(part for part in (self.path, path) if part) or type(self.module).__name__
-
-    def configured_size(self) -> tuple[int, ...]:
-        """(H, W) of the images that the host is configured for, with the frames in front for videos."""
-        for module in (self.module, *reversed(self.owners)):
-            for source in (module, getattr(module, "config", None)):
-                try:
-                    size = self.host.size(source)
-                except AttributeError:
-                    continue
-                return (size, size) if isinstance(size, int) else tuple(size)
-        raise UnsupportedModelError(f"{self.name} does not tell the size of its images")
-
-    def within(self, class_name: str) -> list[nn.Module]:
-        """The modules of a class, in the whole model."""
-        root = self.owners[0] if self.owners else self.module
-        return [module for module in root.modules() if class_name in (cls.__name__ for cls in type(module).__mro__)]
-
-
-class Beside:
-    """A hook at something that has one row per patch or per token, and loses the rows of the dropped patches."""
-
-    what = ""  # in words, for `describe`
-    needed = ""  # what a host lacks without it
-
-    def __init__(self, seam: "Seam", module: nn.Module) -> None:
-        self.seam = seam
-        self.module = module
-
-    def install(self) -> list[RemovableHandle]:
-        raise NotImplementedError
+from ..drops.base import PatchDropout
+from ..sampling.tokens import take_drawn_tokens
+from .call import Draw
+from .host import Place
+from .pixels import PixelStage
+from .unsupported import UnsupportedModelError, cannot_drop_pixels
 
 
 class Seam(nn.Module):
-    """A seam that is a module of the host, called with the tokens; returns the tokens: open_clip.
+    """A module that sits in the host, called with the tokens; returns those that are kept.
 
     Args:
         drop: the drop to carry.
@@ -127,7 +33,7 @@ class Seam(nn.Module):
         stage: `"tokens"`, or `"pixels"` to drop before the projection.
     """
 
-    pixels_by_default: ClassVar[type[PixelStage] | str] = FromConv1  # where the row of a family says nothing
+    pixels_by_default: ClassVar[type[PixelStage] | str]  # where the row of a family says nothing
 
     def __init__(self, drop: PatchDropout, place: Place, stage: str = "tokens") -> None:
         super().__init__()

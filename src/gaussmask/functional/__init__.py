@@ -1,0 +1,29 @@
+"""Scores, sampling and token gathering as pure functions.
+
+The way of the data: a grid of patches has coordinates, coordinates and noise give scores, the patches with the highest
+scores are kept, and the kept rows are taken from the tokens. Everything here works without the modules.
+
+Sources: FLIP (Li et al., *Scaling Language-Image Pre-training via Masking*, arXiv 2212.00794) and GLIP (Liang and
+Larson, *Centered Masking for Language-Image Pre-Training*, arXiv 2403.15837).
+"""
+
+from ..sampling.patches import take_patches
+from ..sampling.probability import keep_probability
+from ..sampling.scores import gaussian_density, gaussian_scores, patch_coordinates, uniform_scores
+from ..sampling.tokens import gaussian_patch_dropout, sample_keep_indices, take_tokens
+from ..sampling.top import num_kept_patches, top_packed_patches, top_patches
+
+__all__ = [
+    "gaussian_density",
+    "gaussian_patch_dropout",
+    "gaussian_scores",
+    "keep_probability",
+    "num_kept_patches",
+    "patch_coordinates",
+    "sample_keep_indices",
+    "take_patches",
+    "take_tokens",
+    "top_packed_patches",
+    "top_patches",
+    "uniform_scores",
+]

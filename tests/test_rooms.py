@@ -1,0 +1,83 @@
+"""The folders of the package, and imports that run one way: attach -> hosts -> seams -> drops -> sampling."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import gaussmask
+
+PACKAGE = Path(gaussmask.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+FLOORS = ["sampling", "drops", "seams", "hosts"]  # each may import those before it, and itself
+GESTURES = {"attach", "describe", "functional", "plot", "__init__"}  # above all floors
+
+
+def module_of(path):
+    """The dotted name of a file below the package: () for its `__init__`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imported(path):
+    """The modules of the package that a file imports, at any place in it."""
+    folder = module_of(path) if path.name == "__init__.py" else module_of(path)[:-1]
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*folder[: len(folder) - node.level + 1], *(node.module.split(".") if node.module else ()))
+            for alias in node.names:
+                yield (*base, alias.name) if (*base, alias.name) in MODULES else base
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            for name in [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]:
+                if name.partition(".")[0] == "gaussmask":
+                    yield tuple(name.split(".")[1:])
+
+
+def test_the_reader_of_imports_sees_them():
+    assert set(imported(PACKAGE / "attach.py")) == {
+        ("drops",), ("hosts",), ("seams", "host"), ("seams", "seam"), ("seams", "unsupported")
+    }  # fmt: skip
+    assert ("sampling", "scores") in imported(PACKAGE / "drops" / "base.py")
+    assert ("hosts", "refusals") in imported(PACKAGE / "hosts" / "transformers.py")
+
+
+def test_the_rooms_are_these():
+    assert {name[0] for name in MODULES if name} - set(FLOORS) == GESTURES - {"__init__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_run_one_way(path):
+    module = module_of(path)
+    floor = FLOORS.index(module[0]) if module and module[0] in FLOORS else len(FLOORS)
+    for target in imported(path):
+        assert target in MODULES
+        if target and target[0] in FLOORS:
+            assert FLOORS.index(target[0]) <= floor, f"{path} imports {'.'.join(target)}, which lies above it"
+        else:
+            assert floor == len(FLOORS), f"{path} imports {'.'.join(target)}, which lies above it"
+
+
+def test_no_two_files_import_each_other():
+    """Not by way of others either."""
+    below = {name: set(imported(path)) for name, path in MODULES.items()}
+    finished = set()
+
+    def walk(name, way):
+        assert name not in way, " -> ".join(".".join(step) or "gaussmask" for step in (*way, name))
+        if name not in finished:
+            for target in below[name]:
+                walk(target, (*way, name))
+            finished.add(name)
+
+    for name in below:
+        walk(name, ())
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_a_folder_opens_with_its_picture(folder):
+    text = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text("utf-8")))
+    assert 3 <= len(text.splitlines()) <= 12
+    assert "-->" in text
