@@ -41,7 +41,7 @@ def test_the_reader_of_imports_sees_them():
         ("drops",), ("hosts",), ("seams", "host"), ("seams", "seam"), ("seams", "unsupported")
     }  # fmt: skip
     assert ("sampling", "scores") in imported(PACKAGE / "drops" / "base.py")
-    assert ("hosts", "refusals") in imported(PACKAGE / "hosts" / "transformers.py")
+    assert ("hosts", "refusals") in imported(PACKAGE / "hosts" / "find.py")
 
 
 def test_the_rooms_are_these():

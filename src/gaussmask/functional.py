@@ -7,11 +7,12 @@ Sources: FLIP (Li et al., *Scaling Language-Image Pre-training via Masking*, arX
 Larson, *Centered Masking for Language-Image Pre-Training*, arXiv 2403.15837).
 """
 
-from ..sampling.patches import take_patches
-from ..sampling.probability import keep_probability
-from ..sampling.scores import gaussian_density, gaussian_scores, patch_coordinates, uniform_scores
-from ..sampling.tokens import gaussian_patch_dropout, sample_keep_indices, take_tokens
-from ..sampling.top import num_kept_patches, top_packed_patches, top_patches
+from .sampling.draw import gaussian_patch_dropout, sample_keep_indices
+from .sampling.patches import take_patches
+from .sampling.probability import keep_probability
+from .sampling.scores import gaussian_density, gaussian_scores, patch_coordinates, uniform_scores
+from .sampling.tokens import take_tokens
+from .sampling.top import num_kept_patches, top_packed_patches, top_patches
 
 __all__ = [
     "gaussian_density",
