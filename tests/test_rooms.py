@@ -40,7 +40,7 @@ def test_the_reader_of_imports_sees_them():
     assert set(imported(PACKAGE / "attach.py")) == {
         ("drops",), ("hosts",), ("seams", "host"), ("seams", "seam"), ("seams", "unsupported")
     }  # fmt: skip
-    assert ("sampling", "scores") in imported(PACKAGE / "drops" / "base.py")
+    assert ("sampling", "grids") in imported(PACKAGE / "drops" / "base.py")
     assert ("hosts", "refusals") in imported(PACKAGE / "hosts" / "find.py")
 
 

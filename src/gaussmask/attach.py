@@ -72,7 +72,7 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
     detach(model)
     try:
         seam.install(place)
-        seam.guard(place)
+        seam.watch_forward(place)
     except UnsupportedModelError:  # a host of another version than those that are known
         seam.remove()
         raise

@@ -96,7 +96,7 @@ def describe(model: nn.Module) -> Description:
     grid_size = seam.configured_grid(place)
     kept = {} if grid_size is None else {ratio: num_kept_patches(math.prod(grid_size), ratio) for ratio in RATIOS}
     pixels = seam.pixel_stage(place)
-    followers = [(name, part) for name, part in place.host.besides.items() if part.what and place.within(name)]
+    followers = [(name, part) for name, part in place.host.followers.items() if part.what and place.within(name)]
     return Description(
         model_name,
         family=place.key.replace(".", " "),

@@ -17,7 +17,7 @@ from ..sampling.checks import (
     check_tokens,
     square_grid_size,
 )
-from ..sampling.scores import patch_coordinates
+from ..sampling.grids import patch_coordinates
 from ..sampling.tokens import take_drawn_tokens
 from ..sampling.top import num_kept_patches, top_packed_patches, top_patches
 

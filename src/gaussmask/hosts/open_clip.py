@@ -4,5 +4,5 @@ from ..seams.host import Host
 from ..seams.patch_dropout import OpenClipSeam
 
 HOSTS: dict[str, Host] = {
-    "VisionTransformer": Host(OpenClipSeam, "conv1", 1, slot="patch_dropout"),
+    "VisionTransformer": Host(OpenClipSeam, "conv1", 1, patch_dropout="patch_dropout"),
 }

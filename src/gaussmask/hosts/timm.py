@@ -3,8 +3,9 @@
 from typing import Any
 
 from ..seams.biases import BeitBiases, RelPosBiases
-from ..seams.embeddings import LatePrefixSeam, PositionsInOutputSeam, TimmHookSeam
+from ..seams.embeddings import LatePrefixSeam, TimmHookSeam
 from ..seams.host import OWN_GRIDS, Host
+from ..seams.own_grids import PositionsInOutputSeam
 from ..seams.patch_dropout import NaFlexSeam, TimmSeam, TimmTupleSeam
 
 
@@ -23,10 +24,10 @@ HOSTS: dict[str, Host] = {
     "Eva": Host(TimmTupleSeam, "patch_embed", _num_prefix_tokens),
     "NaFlexVit": Host(NaFlexSeam, "embeds", _num_prefix_tokens, note=f"{OWN_GRIDS} No masking in eval mode."),
     "Cait": Host(TimmHookSeam, "patch_embed", 0, tokens="pos_drop", note="The class token joins in later layers."),
-    "Beit": Host(TimmHookSeam, "patch_embed", 1, tokens="pos_drop", besides={"Beit": BeitBiases}),
+    "Beit": Host(TimmHookSeam, "patch_embed", 1, tokens="pos_drop", followers={"Beit": BeitBiases}),
     "VisionTransformerRelPos": Host(
         LatePrefixSeam, "patch_embed", _num_prefix_tokens, tokens="patch_embed",
-        besides={"VisionTransformerRelPos": RelPosBiases},
+        followers={"VisionTransformerRelPos": RelPosBiases},
     ),
     "Gemma4VitEncoder": Host(
         PositionsInOutputSeam, "patch_embed", 0, tokens="patch_embed", refuse=_soft_pool,

@@ -2,20 +2,13 @@
 
     "CLIPVisionEmbeddings": Host(HookSeam, "patch_embedding", 1)    # one class token in front of the patches
 
-What lies beside the tokens with a row for each (rotary tables, biases, masks) is named in `besides`.
+What lies beside the tokens with a row for each (rotary tables, biases, masks) is named in `followers`.
 """
 
 from typing import Any
 
 from ..seams.biases import BiasModule, HandedFlag
-from ..seams.embeddings import (
-    FlattenedPatchesSeam,
-    HookSeam,
-    MaskFromOutsideSeam,
-    PackedSeam,
-    PaddedGridSeam,
-    UnfoldSeam,
-)
+from ..seams.embeddings import HookSeam, UnfoldSeam
 from ..seams.followers import (
     CrossMask,
     KeyMask,
@@ -27,8 +20,9 @@ from ..seams.followers import (
     RotaryTables,
     TokenCount,
 )
-from ..seams.host import OWN_GRIDS, Beside, Host
+from ..seams.host import OWN_GRIDS, Follower, Host
 from ..seams.image_paths import Spectrograms, Videos
+from ..seams.own_grids import FlattenedPatchesSeam, MaskFromOutsideSeam, PackedSeam, PaddedGridSeam
 
 
 def _class_and_registers(embeddings: Any) -> int:
@@ -45,7 +39,7 @@ CONV = "patch_embedding"  # the usual names of the projection in transformers
 PROJECTION = "patch_embeddings.projection"
 
 
-def _beit_biases(family: str) -> dict[str, type[Beside]]:
+def _beit_biases(family: str) -> dict[str, type[Follower]]:
     return {f"{family}Model": HandedFlag, f"{family}RelativePositionBias": BiasModule}
 
 
@@ -79,7 +73,7 @@ HOSTS: dict[str, Host] = {
     "Dinov2WithRegistersEmbeddings": Host(HookSeam, PROJECTION, _class_and_registers),
     "DPTViTEmbeddings": Host(HookSeam, PROJECTION, 1, tokens="dropout"),
     "FlavaImageEmbeddings": Host(HookSeam, PROJECTION, 1),
-    "GitVisionEmbeddings": Host(HookSeam, CONV, 1, besides={"GitSelfAttention": TokenCount}),
+    "GitVisionEmbeddings": Host(HookSeam, CONV, 1, followers={"GitSelfAttention": TokenCount}),
     "IdeficsVisionEmbeddings": Host(HookSeam, CONV, 1),
     "IJepaEmbeddings": Host(HookSeam, PROJECTION, note=FIRST_PATCH),
     "InstructBlipVideoVisionEmbeddings": Host(HookSeam, CONV, 1),
@@ -108,40 +102,41 @@ HOSTS: dict[str, Host] = {
     "VivitEmbeddings": Host(HookSeam, PROJECTION, 1, size=_clip_size, pixels=Videos, note=VIDEO),
     "XCLIPVisionEmbeddings": Host(HookSeam, CONV, 1, note="Every frame has a mask of its own."),
     # something with a row per token lies beside the tokens
-    "BeitEmbeddings": Host(HookSeam, PROJECTION, 1, besides=_beit_biases("Beit")),
-    "Data2VecVisionEmbeddings": Host(HookSeam, PROJECTION, 1, besides=_beit_biases("Data2VecVision")),
+    "BeitEmbeddings": Host(HookSeam, PROJECTION, 1, followers=_beit_biases("Beit")),
+    "Data2VecVisionEmbeddings": Host(HookSeam, PROJECTION, 1, followers=_beit_biases("Data2VecVision")),
     "DINOv3ViTEmbeddings": Host(
-        HookSeam, "patch_embeddings", _class_and_registers, besides={"DINOv3ViTRopePositionEmbedding": RotaryTables}
+        HookSeam, "patch_embeddings", _class_and_registers, followers={"DINOv3ViTRopePositionEmbedding": RotaryTables}
     ),
     "Sapiens2Embeddings": Host(
-        HookSeam, "patch_embeddings", _class_and_registers, besides={"Sapiens2RopePositionEmbedding": RotaryTables}
+        HookSeam, "patch_embeddings", _class_and_registers, followers={"Sapiens2RopePositionEmbedding": RotaryTables}
     ),
-    "MLCDVisionEmbeddings": Host(HookSeam, CONV, 1, besides={"MLCDEncoder": RotaryArgument}),
+    "MLCDVisionEmbeddings": Host(HookSeam, CONV, 1, followers={"MLCDEncoder": RotaryArgument}),
     "VJEPA2Embeddings": Host(
-        HookSeam, "patch_embeddings.proj", besides={"VJEPA2Encoder": PositionMask, "VJEPA2Predictor": NeedsAllPatches},
+        HookSeam, "patch_embeddings.proj",
+        followers={"VJEPA2Encoder": PositionMask, "VJEPA2Predictor": NeedsAllPatches},
         size=lambda config: (config.frames_per_clip, *_pair(config.crop_size)), pixels=Videos,
         note=f"{VIDEO} Without its predictor (skip_predictor=True).",
     ),
     "YolosEmbeddings": Host(
         HookSeam, PROJECTION, 1, lambda embeddings: embeddings.detection_tokens.shape[1],
-        besides={"InterpolateMidPositionEmbeddings": PositionsPerLayer},
+        followers={"InterpolateMidPositionEmbeddings": PositionsPerLayer},
     ),
     # padded or packed images with grids of their own
     "Idefics2VisionEmbeddings": Host(
-        PaddedGridSeam, CONV, besides={"Idefics2Encoder": KeyMask, "Idefics2Connector": KeyMaskIfAny}, note=OWN_GRIDS
+        PaddedGridSeam, CONV, followers={"Idefics2Encoder": KeyMask, "Idefics2Connector": KeyMaskIfAny}, note=OWN_GRIDS
     ),
     "Idefics3VisionEmbeddings": Host(
-        PaddedGridSeam, CONV, besides={"Idefics3Encoder": KeyMask}, note=OWN_GRIDS
+        PaddedGridSeam, CONV, followers={"Idefics3Encoder": KeyMask}, note=OWN_GRIDS
     ),
     "SmolVLMVisionEmbeddings": Host(
-        PaddedGridSeam, CONV, besides={"SmolVLMEncoder": KeyMask}, note=OWN_GRIDS
+        PaddedGridSeam, CONV, followers={"SmolVLMEncoder": KeyMask}, note=OWN_GRIDS
     ),
     "Kosmos2_5VisionEmbeddings": Host(
-        FlattenedPatchesSeam, "patch_projection", besides={"Kosmos2_5VisionEncoder": KeyMask}, note=OWN_GRIDS
+        FlattenedPatchesSeam, "patch_projection", followers={"Kosmos2_5VisionEncoder": KeyMask}, note=OWN_GRIDS
     ),
     "Pix2StructVisionEmbeddings": Host(
         FlattenedPatchesSeam, "patch_projection", note=OWN_GRIDS,
-        besides={"Pix2StructVisionEncoder": KeyMask, "Pix2StructTextModel": CrossMask},
+        followers={"Pix2StructVisionEncoder": KeyMask, "Pix2StructTextModel": CrossMask},
     ),
     "Siglip2VisionEmbeddings": Host(MaskFromOutsideSeam, CONV, note=OWN_GRIDS),
     "PixtralVisionModel": Host(

@@ -17,7 +17,8 @@ from .checks import (
     check_tokens,
     square_grid_size,
 )
-from .scores import gaussian_scores, patch_coordinates, uniform_scores
+from .grids import patch_coordinates
+from .scores import gaussian_scores, uniform_scores
 from .tokens import take_drawn_tokens
 from .top import num_kept_patches, top_patches
 

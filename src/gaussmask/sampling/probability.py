@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_center, check_grid_size, check_mask_ratio, check_sampling, check_sigma
-from .scores import log_density_at, patch_coordinates, rankable
+from .grids import patch_coordinates
+from .scores import log_density_at, rankable
 from .top import num_kept_patches
 
 

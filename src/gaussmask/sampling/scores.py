@@ -18,31 +18,7 @@ from .checks import (
     check_sampling,
     check_sigma,
 )
-
-
-def patch_coordinates(
-    grid_size: Sequence[int], *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """The (y, x) centres of the patches on `linspace(-1, 1, H)` x `linspace(-1, 1, W)`, row by row.
-
-    Args:
-        grid_size: (H, W), patches per column and row. An axis of size 1 has its only patch at 0.
-
-    Returns:
-        (H * W, 2).
-
-    Raises:
-        ValueError, TypeError: for a `grid_size` that is no pair of positive integers, or a `dtype` that is not
-            floating.
-    """
-    grid_size, dtype = check_grid_size(grid_size), check_float_dtype(dtype)
-    axes = [
-        torch.linspace(-1, 1, size, device=device, dtype=dtype)
-        if size > 1
-        else torch.zeros(1, device=device, dtype=dtype)
-        for size in grid_size
-    ]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+from .grids import patch_coordinates
 
 
 def rankable(sigma: float) -> float:

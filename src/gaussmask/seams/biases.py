@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .call import Argument, Draw
-from .host import Beside
+from .host import Follower
 from .seam import Seam
 
 Args = tuple[Any, ...]
@@ -47,7 +47,7 @@ class Handed:
         return cls(draw, None if bias is None else kept_bias(bias, draw))
 
 
-class HandedFlag(Beside):
+class HandedFlag(Follower):
     """transformers: the draw travels with `interpolate_pos_encoding`, from the model to what makes the biases."""
 
     needed = "the position biases that the model makes beside it"
@@ -64,7 +64,7 @@ class HandedFlag(Beside):
         return self.argument.write(args, kwargs, Handed(self.seam.draw, value))
 
 
-class BiasModule(Beside):
+class BiasModule(Follower):
     """transformers: a module called with (window_size, interpolate_pos_encoding, dim_size) that returns a bias."""
 
     what = "relative position biases"
@@ -93,7 +93,7 @@ class BiasModule(Beside):
         return output if draw is None else kept_bias(output, draw)
 
 
-class BlockBiases(Beside):
+class BlockBiases(Follower):
     """timm: the model hands a bias that all blocks share, or None, to its blocks, and from here on the draw with it."""
 
     what = "relative position biases"
@@ -104,9 +104,9 @@ class BlockBiases(Beside):
         model: Any = self.module
         shared, handles = getattr(model, self.slot), []
         if shared is None:
-            self.seam.put(model, self.slot, HandsDraw(self.seam))
+            self.seam.changes.put(model, self.slot, HandsDraw(self.seam))
         elif hasattr(shared, "get_bias"):
-            self.seam.put(shared, "get_bias", HandsDraw(self.seam, shared))
+            self.seam.changes.put(shared, "get_bias", HandsDraw(self.seam, shared))
         else:
             handles.append(shared.register_forward_hook(self.hand))
         for block in model.blocks:
@@ -123,7 +123,7 @@ class BlockBiases(Beside):
 
     def stand_before(self, owner: nn.Module, method: str) -> "BiasMethod":
         bias = BiasMethod(owner, method)
-        self.seam.put(owner, method, bias)
+        self.seam.changes.put(owner, method, bias)
         return bias
 
 

@@ -1,26 +1,15 @@
 """Seams that are hooks on a module which returns the embedded tokens: transformers, and timm models without a slot."""
 
-import math
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from ..sampling.scores import patch_coordinates
 from .call import Argument
 from .host import Place
-from .image_paths import (
-    OWN_POSITIONS,
-    PACKED,
-    FromPatchEmbed,
-    FromPatchEmbedAndDropout,
-    FromPatchProjection,
-    Gemma4Images,
-    OneShape,
-)
+from .image_paths import FromPatchEmbed, FromPatchEmbedAndDropout, FromPatchProjection
 from .patch_dropout import TimmSeam
 from .pixels import PixelStage
-from .seam import Seam, own_grids
+from .seam import Seam
 from .unsupported import UnsupportedModelError
 
 Args = tuple[Any, ...]
@@ -38,10 +27,10 @@ class HookSeam(Seam):
 
     def install(self, place: Place) -> None:
         self.attention_mask: Argument | None = Argument.of_any(place.tower, "attention_mask")
-        self.handles.append(place.tower.register_forward_pre_hook(self.begin, with_kwargs=True))
+        self.changes.hook(place.tower.register_forward_pre_hook(self.begin, with_kwargs=True))
         super().install(place)
         tokens = place.module.get_submodule(place.host.tokens)
-        self.handles.append(tokens.register_forward_hook(self.after_tokens, with_kwargs=True))
+        self.changes.hook(tokens.register_forward_hook(self.after_tokens, with_kwargs=True))
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Forward pre-hook of the tower: what the last forward drew is not this one's."""
@@ -85,6 +74,7 @@ class UnfoldSeam(HookSeam):
     """The embeddings cut the image by themselves: their input shows the grid, and no convolution does."""
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = FromPatchProjection
+    projection_below = "patch_projection"
 
     def watch_grid(self, module: nn.Module, args: Args, output: Tensor) -> None:
         embeddings: Any = module
@@ -98,231 +88,3 @@ class UnfoldSeam(HookSeam):
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         embeddings: Any = place.module
         return tuple(side // embeddings.patch_size for side in place.configured_size())
-
-
-class PaddedGridSeam(HookSeam):
-    """Images of many sizes, padded at the right and the bottom to one grid, which `patch_attention_mask` tells."""
-
-    pixels_by_default: ClassVar[type[PixelStage] | str] = OWN_POSITIONS
-
-    def install(self, place: Place) -> None:
-        super().install(place)
-        self.mask: Argument = Argument.of(place.module, "patch_attention_mask")
-
-    def facts(self, args: Args, kwargs: Kwargs, rest: list[Any]) -> dict[str, Any]:
-        mask = self.mask.read(args, kwargs)
-        positions = torch.cartesian_prod(*(torch.arange(side, device=mask.device) for side in mask.shape[1:]))
-        grid_size = self.agreed("grid_size", tuple(mask.shape[1:]))
-        return {"grid_size": grid_size, **own_grids(positions.expand(len(mask), -1, -1), mask.flatten(1))}
-
-
-class FlattenedPatchesSeam(HookSeam):
-    """Flattened patches (B, N, 2 + pixels), each with its row and column in front; padding is all zeros."""
-
-    pixels_by_default: ClassVar[type[PixelStage] | str] = OWN_POSITIONS
-    given_mask: Tensor | None = None
-
-    def configured_grid(self, place: Place) -> tuple[int, ...] | None:
-        return None
-
-    def take_mask(self, attention_mask: Tensor | None) -> None:
-        self.given_mask = attention_mask
-
-    def facts(self, args: Args, kwargs: Kwargs, rest: list[Any]) -> dict[str, Any]:
-        patches = args[0] if args else kwargs["flattened_patches"]
-        mask, self.given_mask = self.given_mask, None
-        valid = patches.sum(dim=-1) != 0 if mask is None else mask.bool()  # as the host tells it
-        positions = patches[..., :2].long()
-        far = positions.masked_fill(~valid.unsqueeze(-1), positions.shape[1])
-        return own_grids((positions - far.amin(dim=1, keepdim=True)).clamp(min=0), valid)
-
-
-PADDING_MASKS = ("pixel_attention_mask", "attention_mask")  # the second in the towers of transformers 5.0
-
-
-class MaskFromOutsideSeam(HookSeam):
-    """Patches with a padding mask that enters the model from outside and is used behind the embeddings too.
-
-    So the draw comes before the embeddings, where the outermost module takes in the mask, and the mask goes on with the
-    kept patches alone.
-    """
-
-    pixels_by_default: ClassVar[type[PixelStage] | str] = OneShape
-
-    def configured_grid(self, place: Place) -> tuple[int, ...] | None:
-        return (cast("Any", place.module).position_embedding_size,) * 2
-
-    def install(self, place: Place) -> None:
-        super().install(place)
-        self.shapes: Argument = Argument.of(place.module, "spatial_shapes")
-        self.kept_mask: Tensor | None = None  # on its way from the outermost module to the embeddings
-        for owner in place.owners:
-            mask = next((name for name in PADDING_MASKS if Argument.known(owner, name)), None)
-            if mask and Argument.known(owner, "spatial_shapes"):
-                self.handles.append(owner.register_forward_pre_hook(MaskGate(self, owner, mask), with_kwargs=True))
-
-    def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Nothing: a forward begins at the gate."""
-
-    def draw_patches(self, shapes: Tensor, valid: Tensor) -> Tensor:
-        batch_size, num_patches = valid.shape
-        self.draw.num_patches = num_patches
-        facts = own_grids(positions_on_grids(shapes, num_patches), valid)
-        self.agreed("num_prefix_tokens", self.num_prefix_tokens)
-        self.agree_to_own_grids(facts)
-        keep_indices = self.drop.draw(batch_size, num_patches, None, **facts)
-        self.draw.keep_indices = keep_indices
-        return keep_indices
-
-    def facts(self, args: Args, kwargs: Kwargs, rest: list[Any]) -> dict[str, Any]:
-        shapes, num_patches = self.shapes.read(args, kwargs), args[0].shape[1]
-        valid = torch.arange(num_patches, device=shapes.device) < shapes.prod(dim=1, keepdim=True)
-        return own_grids(positions_on_grids(shapes, num_patches), valid)
-
-    def drop_tokens(
-        self, x: Tensor, num_prefix_tokens: int | None = None, **facts: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        keep_indices = self.draw.keep_indices
-        if self.kept_mask is None or keep_indices is None:
-            return super().drop_tokens(x, num_prefix_tokens, **facts)
-        self.kept_mask = None
-        self.reach_drop()
-        return self.take(x, keep_indices, self.num_prefix_tokens), keep_indices
-
-
-class MaskGate:
-    """Forward pre-hook of a module that takes in the padding mask: draws, and passes on that of the kept patches."""
-
-    def __init__(self, seam: MaskFromOutsideSeam, module: nn.Module, mask: str) -> None:
-        self.seam = seam
-        self.mask: Argument = Argument.of(module, mask)
-        self.shapes: Argument = Argument.of(module, "spatial_shapes")
-
-    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        seam, mask = self.seam, self.mask.read(args, kwargs)
-        if mask is not None and mask is seam.kept_mask:
-            return None  # an outer gate was here
-        seam.draw, seam.kept_mask = seam.new_draw(), None
-        if mask is None or not seam.drop.active:
-            return None
-        keep_indices = seam.draw_patches(self.shapes.read(args, kwargs), mask.bool())
-        seam.kept_mask = mask.gather(1, keep_indices)
-        return self.mask.write(args, kwargs, seam.kept_mask)
-
-
-def positions_on_grids(shapes: Tensor, num_patches: int) -> Tensor:
-    """The (y, x) of patches (B, num_patches, 2), row by row on grids of (H, W) = `shapes` (B, 2)."""
-    index = torch.arange(num_patches, device=shapes.device)
-    return torch.stack([index // shapes[:, 1:], index % shapes[:, 1:]], dim=-1)
-
-
-class PositionsInOutputSeam(HookSeam):
-    """The embeddings return (tokens, positions (B, N, 2) as (x, y), padding (B, N) or None), and all three are kept."""
-
-    pixels_by_default: ClassVar[type[PixelStage] | str] = Gemma4Images
-
-    def configured_grid(self, place: Place) -> tuple[int, ...] | None:
-        return None  # a host of any size of image, which it is not built for
-
-    def install(self, place: Place) -> None:
-        super().install(place)
-        for owner in place.owners:
-            if hasattr(owner, "forward_head"):
-                self.put(owner, "forward_head", KeptPool(self, owner))
-
-    def watch_grid(self, module: nn.Module, args: Args, output: Any) -> None:
-        images, embeddings = args[0], cast("Any", module)
-        if isinstance(images, Tensor) and images.ndim == 4 and output[2] is None:
-            self.grid_size: tuple[int, ...] | None = tuple(
-                side // patch for side, patch in zip(images.shape[-2:], embeddings.patch_size, strict=True)
-            )
-
-    def facts(self, args: Args, kwargs: Kwargs, rest: list[Any]) -> dict[str, Any]:
-        positions, padding = rest
-        return {} if self.grid_size else own_grids(positions.flip(-1), None if padding is None else ~padding)
-
-    def after_tokens(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        tokens, positions, padding = super().after_tokens(module, args, kwargs, output)
-        keep_indices = self.draw.keep_indices
-        if keep_indices is not None:
-            positions = positions.take_along_dim(keep_indices.unsqueeze(-1), 1)
-            padding = None if padding is None else padding.gather(1, keep_indices)
-        return tokens, positions, padding
-
-
-class KeptPool:
-    """Stands before the `forward_head` of a classifier, which pools the tokens by a mask over all patches."""
-
-    def __init__(self, seam: Seam, classifier: Any) -> None:
-        self.seam = seam
-        self.classifier = classifier
-
-    def __call__(self, x: Tensor, patch_valid: Tensor | None = None, **kwargs: Any) -> Tensor:
-        keep_indices = self.seam.draw.keep_indices
-        if patch_valid is not None and keep_indices is not None:
-            patch_valid = patch_valid.gather(1, keep_indices)
-        return type(self.classifier).forward_head(self.classifier, x, patch_valid=patch_valid, **kwargs)
-
-
-class PackedSeam(Seam):
-    """Images packed into one sequence, whose embeddings are no module: a pre-hook on the transformer."""
-
-    pixels_by_default: ClassVar[type[PixelStage] | str] = PACKED
-
-    def how(self, place: Place) -> str:
-        return f"forward pre-hook on {place.at(place.host.tokens)}"
-
-    def install(self, place: Place) -> None:
-        super().install(place)
-        transformer = place.module.get_submodule(place.host.tokens)
-        self.image_sizes: Argument = Argument.of(place.module, "image_sizes")
-        self.tokens: Argument = Argument.of(transformer, "inputs_embeds")
-        self.mask: Argument = Argument.of(transformer, "attention_mask")
-        self.rotary: Argument = Argument.of(transformer, "position_embeddings")
-        self.grids: list[tuple[int, ...]] | None = None
-        self.handles.append(place.module.register_forward_pre_hook(self.begin, with_kwargs=True))
-        self.handles.append(transformer.register_forward_pre_hook(self.before_transformer, with_kwargs=True))
-
-    def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        sizes = self.image_sizes.read(args, kwargs)
-        sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
-        patch = cast("Any", module).patch_size
-        self.grids = sizes and [tuple(int(side) // patch for side in size) for size in sizes]
-
-    def watch_grid(self, module: nn.Module, args: Args, output: Tensor) -> None:
-        if self.grids is None:
-            self.grids = [tuple(output.shape[2:])] * len(output)
-
-    def before_transformer(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        grids, self.grids = self.grids, None
-        self.reach_drop()
-        x = self.tokens.read(args, kwargs)
-        if not self.drop.active:
-            self.drop.keep_indices = None
-            return None
-        mask = self.mask.read(args, kwargs)
-        if mask is None:
-            raise UnsupportedModelError(
-                f"{self.host_name} keeps its images apart by sequence lengths and not by a mask (flash attention), "
-                "which gaussmask does not mask: build it with attn_implementation='sdpa'"
-            )
-        kept = self.draw_packed(grids or [], x)
-        cos, sin = self.rotary.read(args, kwargs)
-        args, kwargs = self.tokens.write(args, kwargs, x.index_select(1, kept))
-        args, kwargs = self.mask.write(args, kwargs, mask.index_select(-2, kept).index_select(-1, kept))
-        return self.rotary.write(args, kwargs, (cos.index_select(0, kept), sin.index_select(0, kept)))
-
-    def draw_packed(self, grids: list[tuple[int, ...]], x: Tensor) -> Tensor:
-        """The kept rows (K,) of the sequence, image by image."""
-        self.agreed("num_prefix_tokens", 0)
-        num_images, num_tokens = len(grids), x.shape[1]
-        if len(set(grids)) == 1:
-            num_patches = num_tokens // num_images
-            grid_size = self.agreed("grid_size", grids[0])
-            keep_indices = self.drop.draw(num_images, num_patches, grid_size, device=x.device)
-            first = torch.arange(0, num_tokens, num_patches, device=x.device).unsqueeze(1)
-            return (keep_indices + first).flatten()
-        self.agree_to_own_grids({})
-        coords = torch.cat([patch_coordinates(grid, device=x.device) for grid in grids]).unsqueeze(0)
-        lengths = [math.prod(grid) for grid in grids]
-        return self.drop.draw(1, num_tokens, None, coords, lengths=lengths)[0]

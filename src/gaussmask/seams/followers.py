@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .call import Argument, Draw
-from .host import Beside
+from .host import Follower
 from .unsupported import UnsupportedModelError
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-class RotaryTables(Beside):
+class RotaryTables(Follower):
     """A module that returns rotary tables (L, D), which stay one for all images where nothing is dropped."""
 
     what = "rotary tables"
@@ -29,7 +29,7 @@ class RotaryTables(Beside):
         return output if rows is None else tuple(table[rows].unsqueeze(1) for table in output)  # (B, 1, M, D)
 
 
-class PositionsPerLayer(Beside):
+class PositionsPerLayer(Follower):
     """A module that returns the positions (layers, 1, L, D) which are added between the layers."""
 
     what = "positions added between the layers"
@@ -42,7 +42,7 @@ class PositionsPerLayer(Beside):
         return output if rows is None else output[:, 0, rows]  # (layers, B, M, D)
 
 
-class PassedArgument(Beside):
+class PassedArgument(Follower):
     """Something with a row per token that the model passes to its encoder."""
 
     name: str
@@ -121,14 +121,14 @@ class CrossMask(KeyMaskIfAny):
     name = "encoder_attention_mask"
 
 
-class TokenCount(Beside):
+class TokenCount(Follower):
     """A module that holds the number of image tokens, by which its model parts them from the text."""
 
     what = "number of image tokens"
 
     def install(self) -> list[RemovableHandle]:
         self.all_tokens: int = cast("Any", self.module).image_patch_tokens
-        self.seam.put(self.module, "image_patch_tokens", self.all_tokens)
+        self.seam.changes.put(self.module, "image_patch_tokens", self.all_tokens)
         return [self.module.register_forward_pre_hook(self.before)]
 
     def before(self, module: Any, args: Args) -> None:
@@ -140,7 +140,7 @@ class TokenCount(Beside):
         module.image_patch_tokens = int(self.all_tokens * share)  # of all images of a video
 
 
-class PositionMask(Beside):
+class PositionMask(Follower):
     """An encoder whose layers count their tokens 0, 1, 2, ... unless they are told the positions.
 
     The draw travels to the layers as a keyword of the encoder's (why: see `biases`); transformers before 5.6 has none.
@@ -179,7 +179,7 @@ class PositionMask(Beside):
         return self.argument.write(args, kwargs, draw.keep_indices)
 
 
-class NeedsAllPatches(Beside):
+class NeedsAllPatches(Follower):
     """A module that would read the kept patches as if they were all patches in their order."""
 
     def install(self) -> list[RemovableHandle]:

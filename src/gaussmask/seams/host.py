@@ -13,7 +13,7 @@ from .unsupported import UnsupportedModelError
 OWN_GRIDS = "A Gaussian on each image's own grid; padding is kept last."
 
 
-class Beside:
+class Follower:
     """A hook at something that has one row per patch or per token, and loses the rows of the dropped patches."""
 
     what = ""  # in words, for `describe`
@@ -33,11 +33,11 @@ class Host:
 
     Args:
         seam: the mechanism, a class of `seam`, `patch_dropout` or `embeddings`.
-        grid_source: path, below the host, of the module whose forward shows the true grid.
+        patch_embedding: path, below the host, of the module that embeds the patches; its forward shows the true grid.
         prefix, suffix: the number of tokens in front of and behind the patches, or how to read it off the host.
         tokens: path, below the host, of the module whose hook drops tokens.
-        slot: attribute of the host that the seam sits in.
-        besides: by class name, the modules that hold something with one row per token beside the tokens.
+        patch_dropout: attribute of the host's own patch dropout, whose place the seam takes, or that it adds.
+        followers: by class name, the modules that hold something with one row per token beside the tokens.
         refuse: the reason why a host of this family cannot be masked as it is configured, or None.
         pixels: how it drops before its projection, or why it cannot; None is what its seam says.
         size: reads the size of the input off a config, for `describe`: (H, W), with frames in front for videos.
@@ -45,12 +45,12 @@ class Host:
     """
 
     seam: type[Any]
-    grid_source: str
+    patch_embedding: str
     prefix: int | Callable[[Any], int] = 0
     suffix: int | Callable[[Any], int] = 0
     tokens: str = ""
-    slot: str = "patch_drop"
-    besides: Mapping[str, type[Beside]] = field(default_factory=dict)
+    patch_dropout: str = "patch_drop"
+    followers: Mapping[str, type[Follower]] = field(default_factory=dict)
     refuse: Callable[[Any], str | None] = lambda host: None
     pixels: type[PixelStage] | str | None = None
     size: Callable[[Any], Any] = lambda config: config.image_size

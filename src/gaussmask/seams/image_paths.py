@@ -31,7 +31,6 @@ class FromPatchProjection(FromProjection):
     """RADIO: its module cuts the images into flattened patches, and projects them."""
 
     within: tuple[str, ...] = ("patch_projection",)
-    projection_below = "patch_projection"
 
 
 class FromConv1(FromProjection):
@@ -46,7 +45,6 @@ class FromPatchEmbed(FromProjection):
 
     steps: tuple[str, ...] = ("forward_features", "_pos_embed")
     within: tuple[str, ...] = ("patch_embed",)
-    projection_below = "proj"
 
 
 class FromPatchEmbedAndDropout(FromPatchEmbed):
@@ -114,7 +112,6 @@ class Gemma4Images(CutToPatches):
     steps: tuple[str, ...] = ("forward_features",)
     entry_path = "patch_embed"
     within: tuple[str, ...] = ("patch_embed",)
-    projection_below = "input_proj"
 
     def kept_patches(self, images: Tensor, keep_indices: Tensor) -> Tensor:
         return 2 * super().kept_patches(images, keep_indices)
@@ -126,7 +123,6 @@ class NaFlexImages(CutToPatches):
     steps: tuple[str, ...] = ("forward_features", "_forward_embeds")
     entry_path = "embeds"
     within: tuple[str, ...] = ("embeds",)
-    projection_below = "proj"
 
     def arranged(self, images: Any) -> Tensor:
         images = super().arranged(images)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..sampling.grids import own_grids
 from .host import Place
 from .image_paths import FromConv1, FromPatchEmbedAndDropout, NaFlexImages
 from .pixels import PixelStage
-from .seam import Seam, own_grids
+from .seam import Seam
 from .unsupported import UnsupportedModelError
 
 
@@ -23,6 +24,7 @@ class TimmSeam(Seam):
     """timm's `patch_drop` where it returns the tokens."""
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = FromPatchEmbedAndDropout
+    projection_below = "proj"
 
     def check(self, place: Place) -> None:
         if not hasattr(place.module.get_submodule("patch_embed"), "dynamic_feat_size"):
@@ -54,14 +56,15 @@ class NaFlexSeam(Seam):
     """timm NaFlexVit: as `TimmTupleSeam`, but skipped in eval, never None, and with padded batches of many grids."""
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = NaFlexImages
+    projection_below = "proj"
 
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         grid_size = cast("Any", place.module).embeds.pos_embed_grid_size
         return None if grid_size is None else tuple(grid_size)
 
-    def watch(self, grid_source: nn.Module) -> RemovableHandle:
+    def watch(self, patch_embedding: nn.Module) -> RemovableHandle:
         self.patches: dict[str, Any] = {}
-        return grid_source.register_forward_hook(self.watch_embeds, with_kwargs=True)
+        return patch_embedding.register_forward_hook(self.watch_embeds, with_kwargs=True)
 
     def watch_embeds(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.drop.active and not module.training:

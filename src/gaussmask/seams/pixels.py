@@ -16,31 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
 from ..drops.base import PatchDropout
 from ..sampling.patches import take_drawn_patches
 from ..sampling.tokens import take_drawn_tokens, token_indices
+from .obstacles import obstacle_in_methods, obstacle_in_projection, obstacle_on_the_way
 from .unsupported import cannot_drop_pixels
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-OURS = __name__.partition(".")[0]
-LIBRARIES = (OURS, "open_clip", "timm", "torch", "transformers")
-PROJECTIONS = (nn.Conv2d, nn.Conv3d, nn.Linear)
-# What may lie between a projection and the tokens besides: none of it changes them, or all of it is position.
-HARMLESS = ("Identity", "Embedding", "InterpolateInitialPositionEmbeddings")
-
-# The hook by which transformers turns the gradients of embeddings on for checkpointing and adapters.
-GRADIENTS_ON = "make_inputs_require_grads"
-
 
 class PixelStage:
     """How a host drops pixels: in this class, an embedding module that is given the blank image itself.
 
-    `entries` has the other ways in.
+    `image_paths` has the other ways in.
 
     Args:
         host: the host, which is also what is given the blank image.
@@ -52,7 +43,6 @@ class PixelStage:
     entry_path = ""  # below the host, of the module that is given the blank image
     within: tuple[str, ...] = ("",)  # paths, below the host, of the modules from the projection to the tokens
     steps: tuple[str, ...] = ("forward",)  # methods of the host on the way from the image to the tokens
-    projection_below = ""  # path of the projection, below the module that shows the grid
     only = ""  # the calls that can drop pixels, where not all can
 
     def __init__(self, host: nn.Module, host_name: str, projection: str, drop: PatchDropout) -> None:
@@ -72,49 +62,11 @@ class PixelStage:
     def obstacle(self) -> str | None:
         """Why tokens are not a linear map of their patch and something common to all images; None if they are."""
         projection = self.host.get_submodule(self.projection_path)
-        if reason := self.obstacle_in_projection(projection):
-            return reason
-        for name in self.steps:
-            if _is_foreign(self.host, name):
-                return f"its {name} is not the one of its library, and gaussmask does not know what that does to tokens"
-        for path in self.within:
-            for name, module in self.host.get_submodule(path).named_modules(prefix=path):
-                if any(module.children()) and _is_foreign(module, "forward"):
-                    return f"the forward of its {type(module).__name__} is not the one of its library"
-                if isinstance(module, _DropoutNd):
-                    if module.p > 0:
-                        return (
-                            f"its {name} is a dropout with p={module.p:g}, of which all images would share one draw: "
-                            f"set {name}.p to 0"
-                        )
-                elif not (
-                    module is projection
-                    or any(module.children())
-                    or isinstance(module, PatchDropout)
-                    or type(module).__name__ in HARMLESS
-                ):
-                    return f"its patches pass through {type(module).__name__} besides their linear projection"
-        return None
-
-    def obstacle_in_projection(self, projection: nn.Module) -> str | None:
-        kind = type(projection)
-        if kind.__name__.startswith("FSDP"):
-            return "its projection is sharded by itself: shard it together with the model around it"
-        if kind not in PROJECTIONS:
-            return f"its projection is a {kind.__name__}, and no plain Conv2d, Conv3d or Linear"
-        if projection is not self.projection:
-            return "its projection was replaced after attach: attach again"
-        if "forward" in vars(projection) or any(_foreign_hooks(projection)):
-            return "its projection carries hooks or a forward of somebody else's, which would not see the kept patches"
-        if kind is not nn.Linear:
-            conv: Any = projection
-            plain = {"groups": 1, "dilation": (1,) * len(conv.kernel_size), "padding_mode": "zeros"}
-            for name, value in plain.items():
-                if getattr(conv, name) != value:
-                    return f"its projection has {name}={getattr(conv, name)!r}"
-            if conv.padding == "same":
-                return "its projection has padding='same'"
-        return None
+        return (
+            obstacle_in_projection(projection, expected=self.projection)
+            or obstacle_in_methods(self.host, self.steps)
+            or obstacle_on_the_way(self.host, self.within, projection)
+        )
 
     def check(self) -> None:
         if reason := self.obstacle():
@@ -264,21 +216,3 @@ def _by_columns(gradient: Tensor) -> Tensor:
     one is copied by autograd.
     """
     return gradient.mT.contiguous().mT
-
-
-def _foreign_hooks(module: nn.Module) -> list[Any]:
-    """The hooks of `module` that are not this library's and may do more than to turn gradients on."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
-    return [
-        hook
-        for hook in hooks
-        if not type(getattr(hook, "__self__", hook)).__module__.startswith(f"{OURS}.")
-        and getattr(hook, "__name__", "") != GRADIENTS_ON
-    ]
-
-
-def _is_foreign(module: nn.Module, name: str) -> bool:
-    """Whether a method of a host was written by somebody else than its library, if it has one of that name at all."""
-    method = getattr(type(module), name, None)
-    return name in vars(module) or (method is not None and method.__module__.partition(".")[0] not in LIBRARIES)
