@@ -92,7 +92,7 @@ BAD = {
     "center": {ValueError: [(0, 1.1), (-2.0, 0), (math.nan, 0), 0.5, (0, 0, 0), "00", None]},
     "sampling": {ValueError: ["gumbel", "", None, 1]},
     "num_prefix_tokens": {ValueError: [-1], TypeError: [1.0, True, "1"]},
-    "grid_size": {ValueError: [14, (14,), (14, 14, 1), "77"]},
+    "grid_size": {ValueError: [14, (14,), (1, 14, 14, 1), "77"]},
     "ordered": {TypeError: [1, "yes", None]},
 }
 
@@ -134,13 +134,18 @@ def test_bad_member_of_a_pair_is_named(name, value, shown, error):
         ({}, (2, 4, 4, 1), r"x must have shape .*\(2, 4, 4, 1\)"),
         ({"num_prefix_tokens": 5}, (2, 5, 4), r"\(2, 5, 4\).*num_prefix_tokens=5"),
         ({"num_prefix_tokens": 6}, (2, 5, 4), r"\(2, 5, 4\).*num_prefix_tokens=6"),
-        ({}, (2, 17, 4), "pass grid_size"),
         ({"grid_size": (3, 5)}, (2, 16, 4), "3 x 5 .*16 patches.*grid_size"),
     ],
 )
 def test_bad_tokens_raise(make, options, shape, message):
     with pytest.raises(ValueError, match=message):
         make(0.5, **options)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("make", [DROPS["additive"], DROPS["weighted"]])
+def test_a_rule_on_coordinates_says_so_where_there_is_no_grid(make):
+    with pytest.raises(ValueError, match="pass grid_size"):
+        make(0.5)(torch.zeros(2, 17, 4))
 
 
 def test_repr_tells_the_variance_and_the_true_standard_deviation():

@@ -626,15 +626,19 @@ BAD = {
     "images": st.one_of(NO_TENSOR, st.sampled_from([torch.zeros(2, 8, 8), torch.zeros(2, 1, 1, 8, 8, 8)])),
     "keep_indices": BAD_INDICES,
     "patch_size": st.one_of(NO_COUNT, st.just(0), st.integers(9), st.just((2, 2, 2)), st.just((2, 0))),
+    "draws": st.one_of(NO_COUNT, st.just(0)),
+    "drop": st.sampled_from([None, 0.5, "random", torch.zeros(2), RandomPatchDropout, torch.nn.Identity()]),
     "stride": st.one_of(NO_COUNT.filter(lambda value: value is not None), st.just(0), st.just((2,))),
 }  # fmt: skip
 GRID, DRAW = {"grid_size": (4, 4), "mask_ratio": 0.5}, {"sigma": 0.2, "center": (0, 0), "sampling": "additive"}
 CALLS = {
+    functional.cut_patches: {"images": torch.zeros(2, 3, 8, 8), "patch_size": 2, "stride": 2},
     functional.gaussian_density: {"grid_size": (4, 4), "sigma": 0.2, "center": (0, 0), "dtype": torch.float32},
     functional.gaussian_patch_dropout: {
         "x": torch.zeros(2, 17, 1), "num_prefix_tokens": 1, "ordered": False, **GRID, **DRAW,
     },
     functional.gaussian_scores: {"coords": torch.zeros(2, 4, 2), **DRAW},
+    functional.keep_frequency: {"drop": RandomPatchDropout(0.5), "grid_size": (4, 4), "draws": 2},
     keep_probability: {**GRID, **DRAW},
     functional.num_kept_patches: {"num_patches": 16, "mask_ratio": 0.5},
     functional.patch_coordinates: {"grid_size": (4, 4), "dtype": torch.float32},
@@ -647,6 +651,7 @@ CALLS = {
     functional.uniform_scores: {"coords": torch.zeros(2, 4, 2)},
     GaussianPatchDropout: {"num_prefix_tokens": 1, "ordered": True, **GRID, **DRAW},
 }  # fmt: skip
+MAY_BE_A_VIDEOS = {functional.keep_frequency, GaussianPatchDropout}  # grids of (T, H, W)
 MAY_BE_NONE = {
     (functional.gaussian_patch_dropout, "grid_size"), (GaussianPatchDropout, "grid_size"),
     (GaussianPatchDropout, "num_prefix_tokens"),
@@ -666,6 +671,7 @@ def test_a_bad_argument_is_named_whatever_it_is(data):
     name = data.draw(st.sampled_from(sorted(CALLS[function])))
     value = data.draw(BAD[name])
     assume(value is not None or (function, name) not in MAY_BE_NONE)
+    assume(name != "grid_size" or function not in MAY_BE_A_VIDEOS or not isinstance(value, tuple) or len(value) != 3)
     with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b"):
         function(**{**CALLS[function], name: value})
 

@@ -496,14 +496,14 @@ def test_nothing_of_a_forward_travels_or_stays():
     (seam,) = (module for module in model.modules() if hasattr(module, "pixels"))
     model(**x_images(2))
     assert seam.pixels.images is seam.pixels.blank is None
-    model.pos_drop.register_forward_hook(stop)
+    seam.register_forward_pre_hook(stop)
     with pytest.raises(RuntimeError, match="stop"):
         model(**x_images(2))
     assert seam.pixels.images is not None
     assert next(m for m in copy.deepcopy(model).modules() if hasattr(m, "pixels")).pixels.images is None
 
 
-def stop(module, args, output):
+def stop(module, args):
     raise RuntimeError("stop")
 
 

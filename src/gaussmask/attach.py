@@ -55,12 +55,14 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
             or where embedded patches went on without being dropped (a forward of your own that calls the parts).
         ValueError: for a compiled model, a drop that another model carries, a drop whose own `num_prefix_tokens`
             contradicts the model's, or an unknown `stage`.
-        TypeError: for a `drop` that is no `PatchDropout`, or a `model` that is no module.
+        TypeError: for a `drop` that is no `PatchDropout`, or whose class overrides more than `scores`; for a `model`
+            that is no module.
     """
     if not isinstance(drop, PatchDropout):
         raise TypeError(f"drop must be a gaussmask.PatchDropout, got {_what(drop)}")
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {', '.join(map(repr, STAGES))}, got {stage!r}")
+    check_rule(drop)
     place = find_place(model)
     carrier = drop._seam() if drop._seam is not None else None
     if carrier is not None and not any(carrier is seam for seam in _seams(model)):
@@ -115,6 +117,17 @@ def check_model(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {_what(model)}")
     if isinstance(model, PatchDropout):
         raise TypeError(f"model must be the model that carries the drop, got the {type(model).__name__} itself")
+
+
+def check_rule(drop: PatchDropout) -> None:
+    """Raise where a subclass writes more than its scores: an attached model asks `draw` of the base class."""
+    for name in ("forward", "draw"):
+        if name in vars(drop) or getattr(type(drop), name) is not getattr(PatchDropout, name):
+            raise TypeError(
+                f"{type(drop).__name__} overrides {name}, which an attached model would not call: write scores alone, "
+                "and let it ask for what it needs by name (pixels, tokens, grid_size), "
+                "def scores(self, coords, generator=None, *, pixels)"
+            )
 
 
 def _what(value: object) -> str:

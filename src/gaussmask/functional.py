@@ -8,17 +8,20 @@ Larson, *Centered Masking for Language-Image Pre-Training*, arXiv 2403.15837).
 """
 
 from .sampling.draw import gaussian_patch_dropout, sample_keep_indices
+from .sampling.frequency import keep_frequency
 from .sampling.grids import patch_coordinates
-from .sampling.patches import take_patches
+from .sampling.patches import cut_patches, take_patches
 from .sampling.probability import keep_probability
 from .sampling.scores import gaussian_density, gaussian_scores, uniform_scores
 from .sampling.tokens import take_tokens
 from .sampling.top import num_kept_patches, top_packed_patches, top_patches
 
 __all__ = [
+    "cut_patches",
     "gaussian_density",
     "gaussian_patch_dropout",
     "gaussian_scores",
+    "keep_frequency",
     "keep_probability",
     "num_kept_patches",
     "patch_coordinates",

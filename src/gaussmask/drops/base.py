@@ -1,4 +1,10 @@
-"""The layer that drops patches, whatever the rule: `PatchDropout`, the base class of every file beside it."""
+"""The layer that drops patches, whatever the rule: `PatchDropout`, the base class of every file beside it.
+
+    forward: tokens --> draw --> take --> kept tokens
+    draw:    grid --> coordinates --> scores, of the rule --> the K highest
+
+What a rule asks for by name, beside coordinates, is in `asking`.
+"""
 
 import math
 import weakref
@@ -9,17 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from ..sampling.checks import (
+    check_drop_grid,
     check_flag,
     check_grid_holds,
-    check_grid_size,
     check_mask_ratio,
     check_prefix_count,
     check_tokens,
+    is_square,
     square_grid_size,
 )
-from ..sampling.grids import patch_coordinates
+from ..sampling.frequency import keep_frequency
+from ..sampling.grids import Packing, patch_coordinates
 from ..sampling.tokens import take_drawn_tokens
 from ..sampling.top import num_kept_patches, top_packed_patches, top_patches
+from .asking import Facts, names_asked_for
 
 
 class PatchDropout(nn.Module):
@@ -36,29 +45,41 @@ class PatchDropout(nn.Module):
     Args:
         mask_ratio: share of the patches that is dropped, in [0, 1).
         num_prefix_tokens: P; None is the host's own count when attached, and 0 otherwise.
-        grid_size: (H, W), patches per column and row; None is the host's true grid when attached, and the square root
-            of N otherwise.
+        grid_size: (H, W), patches per column and row, or (T, H, W) of a video or volume; None is the host's true grid
+            when attached, and the square root of N otherwise. A rule that uses no coordinates, as
+            `RandomPatchDropout`, takes any N without a grid.
         ordered: keep the tokens in their order; otherwise their order is unspecified, which a ViT does not see.
+        tube: keep the same places in every frame of a video (VideoMAE, Tong et al., arXiv 2203.12602, section 3.3).
+            The scores are asked for one frame, and K = T * num_kept(H * W). Images are not changed by it.
 
     Attributes:
         keep_indices: (B, K) int64, the patches that the latest forward kept, counted without the prefix; None when it
             dropped nothing. It does not travel in a pickle, a deep copy or a state_dict.
+        asks_for: what `scores` asks for by name, see there. Read off the class.
+        needs_grid: whether `scores` uses `coords`. Where a subclass sets it False, N need be no square and no grid be
+            known, and `coords` is NaN where it is not.
 
     Raises:
-        ValueError, TypeError: for an argument out of range, also when it is set later, and for `x` in `forward`.
+        ValueError, TypeError: for an argument out of range, also when it is set later, and for `x` in `forward`. For a
+            class whose `scores` asks for a name that is unknown, when it is made.
     """
 
     _checks: ClassVar[dict[str, Callable[[Any], Any]]] = {
         "mask_ratio": check_mask_ratio,
         "num_prefix_tokens": check_prefix_count,
-        "grid_size": lambda grid_size: None if grid_size is None else check_grid_size(grid_size),
-        "ordered": check_flag,
+        "grid_size": lambda grid_size: None if grid_size is None else check_drop_grid(grid_size),
+        "ordered": lambda value: check_flag("ordered", value),
+        "tube": lambda value: check_flag("tube", value),
     }
+    asks_for: ClassVar[frozenset[str]] = frozenset()
+    needs_grid: ClassVar[bool] = True
+    _exact_probability: ClassVar[Callable[[Any, tuple[int, ...]], Tensor] | None] = None  # (drop, grid) to the chances
 
     mask_ratio: float
     num_prefix_tokens: int | None
     grid_size: tuple[int, ...] | None
     ordered: bool
+    tube: bool
     keep_indices: Tensor | None
 
     def __init__(
@@ -68,15 +89,24 @@ class PatchDropout(nn.Module):
         num_prefix_tokens: int | None = None,
         grid_size: Sequence[int] | None = None,
         ordered: bool = False,
+        tube: bool = False,
     ) -> None:
         super().__init__()
         self.mask_ratio = mask_ratio
         self.num_prefix_tokens = num_prefix_tokens
         self.grid_size = grid_size  # type: ignore[assignment]  # any sequence goes in, a tuple is kept
         self.ordered = ordered
+        self.tube = tube
         self.keep_indices = None
         self._mask_shape: tuple[int, ...] = ()
         self._seam: weakref.ref[nn.Module] | None = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.asks_for = names_asked_for(cls)
+        if "scores" in vars(cls):  # what its base knew of other scores
+            cls.needs_grid = vars(cls).get("needs_grid", True)
+            cls._exact_probability = vars(cls).get("_exact_probability")
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = self._checks.get(name)
@@ -92,10 +122,25 @@ class PatchDropout(nn.Module):
             parts.append(f"num_prefix_tokens={self.num_prefix_tokens}")
         if self.grid_size is not None:
             parts.append(f"grid_size={self.grid_size}")
-        return ", ".join(parts + ["ordered=True"] * self.ordered)
+        return ", ".join(parts + ["ordered=True"] * self.ordered + ["tube=True"] * self.tube)
+
+    # The rule
 
     def scores(self, coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One score per patch; the patches with the highest are kept.
+        """One score per patch; the patches with the highest are kept. The one method for a subclass to write.
+
+        A rule that has to see more asks for it by name, as a keyword-only parameter
+        (`def scores(self, coords, generator=None, *, pixels)`), and is given it without gradient:
+
+        - `pixels` (B, N, C, h, w), of videos (B, N, C, t, h, w): the patches as they enter the projection, after
+          whatever the host does to its images before. `drop(x, pixels=...)` takes them in a ViT of one's own.
+        - `tokens` (B, N, D): the embedded patches, without prefix and suffix, as they reach the drop; at stage
+          "tokens" only.
+        - `grid_size` (H, W) or (T, H, W): the grid; None for images with grids of their own, or where none is known.
+        - `valid` (B, N) bool, False for padding; None where every patch is real. Padding is never kept before a real
+          patch, whatever its score.
+
+        With `tube=True` a video is one frame here: `pixels` (B, H W, C, T t, h, w), `tokens` their mean over time.
 
         Args:
             coords: (B, N, 2) float32, the (y, x) centres of the patches in [-1, 1]^2 on each image's own grid, on the
@@ -108,6 +153,8 @@ class PatchDropout(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define scores(coords, generator=None) -> (B, N)")
 
+    # The layer
+
     @property
     def active(self) -> bool:
         """Whether a forward would drop patches: in training mode with a mask_ratio above 0."""
@@ -117,22 +164,57 @@ class PatchDropout(nn.Module):
     def keep_mask(self) -> Tensor | None:
         """`keep_indices` as (B, H, W) bool, True where kept, or None.
 
-        (B, T, H, W) for videos, and (B, N) for images with grids of their own.
+        (B, T, H, W) for videos, and (B, N) for images with grids of their own, or where no grid is known.
         """
         if self.keep_indices is None:
             return None
         mask = self.keep_indices.new_zeros(len(self.keep_indices), math.prod(self._mask_shape), dtype=torch.bool)
         return mask.scatter_(1, self.keep_indices, True).view(len(mask), *self._mask_shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def keep_probability(
+        self,
+        grid_size: Sequence[int],
+        *,
+        draws: int = 4096,
+        images: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The chance that each patch is kept: exact for random and Gaussian masks, by drawing for all others.
+
+        Args:
+            grid_size: (H, W), or (T, H, W) of a video.
+            draws, images, generator: of `functional.keep_frequency`, for rules whose chances are not known.
+
+        Returns:
+            (H, W) or (T, H, W) float32, with the sum K.
+        """
+        grid_size = check_drop_grid(grid_size)
+        if self._exact_probability is None:
+            return keep_frequency(self, grid_size, draws=draws, images=images, generator=generator)
+        return self._exact_probability(grid_size[-2:] if self.tube else grid_size).expand(grid_size).clone()
+
+    def forward(self, x: Tensor, *, pixels: Tensor | None = None) -> Tensor:
+        """Drop patches of `x`, in a ViT of one's own. A model that the drop is attached to calls `draw`.
+
+        Args:
+            x: (B, P + N, D) tokens, prefix first.
+            pixels: (B, N, C, h, w), for a rule that asks for them: `functional.cut_patches(images, patch_size)`. Other
+                rules do not look at it.
+
+        Returns:
+            (B, P + K, D), or `x` itself where nothing is dropped.
+        """
         if not self.active:
             self.keep_indices = None
             return x
         num_prefix_tokens = self.num_prefix_tokens or 0
         check_tokens(x, num_prefix_tokens)
         num_patches = x.shape[1] - num_prefix_tokens
-        grid_size = self.grid_size or square_grid_size(num_patches)
-        keep_indices = self.draw(x.shape[0], num_patches, grid_size, device=x.device)
+        grid_size = self.grid_size
+        if grid_size is None and (self.needs_grid or is_square(num_patches)):
+            grid_size = square_grid_size(num_patches)
+        tokens = x[:, num_prefix_tokens:] if "tokens" in self.asks_for else None
+        keep_indices = self.draw(x.shape[0], num_patches, grid_size, pixels=pixels, tokens=tokens, device=x.device)
         return take_drawn_tokens(x, keep_indices, num_prefix_tokens)
 
     @torch.no_grad()
@@ -145,29 +227,66 @@ class PatchDropout(nn.Module):
         valid: Tensor | None = None,
         *,
         lengths: Sequence[int] | None = None,
-        device: torch.device | None = None,
+        pixels: Tensor | None = None,
+        tokens: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw the patches of a batch and keep them in `keep_indices`, whatever the mode.
 
         Args:
             grid_size: (H, W) of all images, (T, H, W) of videos, whose frames share the coordinates of a frame, or
-                None for images with grids of their own.
+                None for images with grids of their own, and where none is known.
             coords: (B, N, 2), for images with grids of their own.
             valid: (B, N) bool, False for padding, which is kept only where an image has fewer than K real patches.
             lengths: for a batch of 1 that packs images one behind the other: the number of patches of each. Each keeps
-                its own share, and `keep_indices` is (1, sum of all K), image by image.
+                its own share, and `keep_indices` is (1, sum of all K), image by image. The rule is asked for the images
+                side by side, padded to one length.
+            pixels: (B, N, C, h, w) or (B, N, C, t, h, w), for a rule that asks for them.
+            tokens: (B, N, D), likewise.
+            generator: source of randomness on `device`, handed to the rule; None is the global one.
+            device: of the indices, where there are no `coords`.
 
         Returns:
             (B, K) int64.
         """
+        grid_size = None if grid_size is None else tuple(grid_size)
         if coords is None:
-            grid_size = grid_size or ()
-            check_grid_holds(grid_size, num_patches)
-            frame = patch_coordinates(grid_size[-2:], device=device)
-            coords = frame.repeat(num_patches // len(frame), 1).expand(batch_size, -1, -1)
+            coords = self._coordinates(batch_size, num_patches, grid_size, device)
         elif coords.shape != (batch_size, num_patches, 2):
             raise ValueError(f"coords must have shape ({batch_size}, {num_patches}, 2), got {tuple(coords.shape)}")
-        scores = self.scores(coords)
+        facts = Facts(coords, valid, pixels, tokens, grid_size)
+        self._mask_shape = (num_patches,) if grid_size is None else grid_size
+        if lengths is not None:
+            self.keep_indices = self._keep_packed(facts, lengths, generator)
+        elif self.tube and grid_size is not None and len(grid_size) == 3:
+            self.keep_indices = self._keep_tubes(facts, grid_size[0], generator)
+        else:
+            self.keep_indices = self._keep(self._scores(facts, generator))
+        return self.keep_indices
+
+    # The steps of a draw
+
+    def _coordinates(
+        self, batch_size: int, num_patches: int, grid_size: tuple[int, ...] | None, device: torch.device | str | None
+    ) -> Tensor:
+        """(B, N, 2), expanded; frames share those of a frame, and where no grid is known they are NaN."""
+        if grid_size is None:
+            if self.needs_grid:
+                raise ValueError(
+                    f"{type(self).__name__} scores patches by where they lie, so it needs grid_size=(height, width) of "
+                    f"these {num_patches} patches, or coords"
+                )
+            return torch.full((1, 1, 1), math.nan, device=device).expand(batch_size, num_patches, 2)
+        check_grid_holds(grid_size, num_patches)
+        frame = patch_coordinates(grid_size[-2:], device=device)
+        return frame.repeat(num_patches // len(frame), 1).expand(batch_size, -1, -1)
+
+    def _scores(self, facts: Facts, generator: torch.Generator | None) -> Tensor:
+        """The scores of the rule, with padding last."""
+        asked = facts.given_to(type(self)) if self.asks_for else {}
+        coords = facts.coords
+        scores = self.scores(coords, **asked) if generator is None else self.scores(coords, generator, **asked)
         if not isinstance(scores, Tensor) or scores.dtype == torch.bool:
             got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
             raise TypeError(f"{type(self).__name__}.scores must return a tensor of numbers, got {got}")
@@ -176,13 +295,21 @@ class PatchDropout(nn.Module):
                 f"{type(self).__name__}.scores must return one score per patch, shape {tuple(coords.shape[:2])}, "
                 f"got {tuple(scores.shape)}"
             )
-        if valid is not None:
-            scores = scores.masked_fill(~valid, -math.inf)
-        if lengths is None:
-            num_kept = num_kept_patches(num_patches, self.mask_ratio)
-            self.keep_indices = top_patches(scores, num_kept, ordered=self.ordered)
-        else:
-            kept = [num_kept_patches(length, self.mask_ratio) for length in lengths]
-            self.keep_indices = top_packed_patches(scores[0], lengths, kept, ordered=self.ordered).unsqueeze(0)
-        self._mask_shape = (num_patches,) if grid_size is None else tuple(grid_size)
-        return self.keep_indices
+        return scores if facts.valid is None else scores.masked_fill(~facts.valid, -math.inf)
+
+    def _keep(self, scores: Tensor) -> Tensor:
+        return top_patches(scores, num_kept_patches(scores.shape[1], self.mask_ratio), ordered=self.ordered)
+
+    def _keep_tubes(self, facts: Facts, num_frames: int, generator: torch.Generator | None) -> Tensor:
+        """The same places in every frame, frame by frame."""
+        kept = self._keep(self._scores(facts.of_one_frame(num_frames), generator))
+        per_frame = facts.coords.shape[1] // num_frames
+        first = torch.arange(0, num_frames * per_frame, per_frame, device=kept.device)
+        return (kept.unsqueeze(1) + first.unsqueeze(1)).flatten(1)
+
+    def _keep_packed(self, facts: Facts, lengths: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        """(1, sum of all K): each image's own share."""
+        packing = Packing(lengths, device=facts.coords.device)
+        scores = packing.pack(self._scores(facts.unpacked(packing), generator))
+        kept = [num_kept_patches(length, self.mask_ratio) for length in lengths]
+        return top_packed_patches(scores, lengths, kept, ordered=self.ordered).unsqueeze(0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..sampling.checks import check_center, check_sampling, check_sigma
+from ..sampling.probability import probability_on
 from ..sampling.scores import gaussian_scores
 from .base import PatchDropout
 
@@ -51,13 +52,19 @@ class GaussianPatchDropout(PatchDropout):
         num_prefix_tokens: int | None = None,
         grid_size: Sequence[int] | None = None,
         ordered: bool = False,
+        tube: bool = False,
         center: tuple[float, float] = (0.0, 0.0),
         sampling: str = "additive",
     ) -> None:
-        super().__init__(mask_ratio, num_prefix_tokens=num_prefix_tokens, grid_size=grid_size, ordered=ordered)
+        super().__init__(
+            mask_ratio, num_prefix_tokens=num_prefix_tokens, grid_size=grid_size, ordered=ordered, tube=tube
+        )
         self.sigma = sigma
         self.center = center
         self.sampling = sampling
+
+    def _exact_probability(self, grid_size: tuple[int, ...]) -> Tensor:
+        return probability_on(grid_size, self.mask_ratio, self.sigma, self.center, self.sampling)
 
     def scores(self, coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return gaussian_scores(coords, self.sigma, center=self.center, sampling=self.sampling, generator=generator)

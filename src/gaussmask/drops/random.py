@@ -1,8 +1,11 @@
 """FLIP: patches at random. Li et al., *Scaling Language-Image Pre-training via Masking*, arXiv 2212.00794."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from ..sampling.probability import probability_on
 from ..sampling.scores import uniform_scores
 from .base import PatchDropout
 
@@ -15,7 +18,17 @@ class RandomPatchDropout(PatchDropout):
     >>> drop = RandomPatchDropout(0.75, num_prefix_tokens=1)
     >>> drop(torch.zeros(2, 1 + 196, 384)).shape
     torch.Size([2, 50, 384])
+
+    It looks at no coordinates, so that any number of patches will do: sequences, volumes.
+
+    >>> RandomPatchDropout(0.5)(torch.zeros(2, 1001, 16)).shape
+    torch.Size([2, 500, 16])
     """
+
+    needs_grid: ClassVar[bool] = False
+
+    def _exact_probability(self, grid_size: tuple[int, ...]) -> Tensor:
+        return probability_on(grid_size, self.mask_ratio, None, (0.0, 0.0), "additive")
 
     def scores(self, coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return uniform_scores(coords, generator)

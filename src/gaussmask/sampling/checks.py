@@ -60,6 +60,24 @@ def check_count(name: str, value: object, least: int = 0) -> int:
     return cast("int", value) if type(value) in (int, torch.SymInt) else int(value)  # a symbolic size stays one
 
 
+def check_anchors(value: object) -> float | int:
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return check_count("anchors", value, least=1)
+    share = _number("anchors", value)
+    if not 0 < share < 1:
+        raise ValueError(
+            f"anchors must be a share of the patches in (0, 1), or a whole number of them from 1, got {value!r}"
+        )
+    return share
+
+
+def check_noise(value: object) -> float:
+    noise = _number("noise", value)
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise must be at least 0 and finite, got {value!r}")
+    return noise
+
+
 def check_prefix_count(value: object) -> int | None:
     return None if value is None else check_count("num_prefix_tokens", value)
 
@@ -70,10 +88,18 @@ def check_float_dtype(dtype: object) -> torch.dtype:
     return dtype
 
 
-def check_flag(value: object) -> bool:
+def check_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"ordered must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
+
+
+def check_drop_grid(grid_size: object) -> tuple[int, ...]:
+    if isinstance(grid_size, str) or not isinstance(grid_size, Sequence) or len(grid_size) not in (2, 3):
+        raise ValueError(
+            f"grid_size must be (height, width), or (time, height, width) of a video, in patches, got {grid_size!r}"
+        )
+    return tuple(check_count("grid_size", size, least=1) for size in grid_size)
 
 
 def check_grid_size(grid_size: object) -> tuple[int, ...]:
@@ -133,6 +159,11 @@ def check_keep_indices(keep_indices: object, batch_size: int, device: torch.devi
         )
     if keep_indices.device != device:
         raise ValueError(f"keep_indices must lie on {device}, beside what it picks from, got {keep_indices.device}")
+
+
+def is_square(num_patches: int) -> bool:
+    num_patches = operator.index(num_patches)  # a number, where the compiler has a symbol
+    return math.isqrt(num_patches) ** 2 == num_patches
 
 
 def square_grid_size(num_patches: int) -> tuple[int, int]:

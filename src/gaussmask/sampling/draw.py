@@ -56,7 +56,7 @@ def sample_keep_indices(
     """
     batch_size, grid_size = check_count("batch_size", batch_size), check_grid_size(grid_size)
     mask_ratio, center, sampling = check_mask_ratio(mask_ratio), check_center(center), check_sampling(sampling)
-    ordered = check_flag(ordered)
+    ordered = check_flag("ordered", ordered)
     coords = patch_coordinates(grid_size, device=device).expand(batch_size, -1, -1)
     if sigma is None:
         scores = uniform_scores(coords, generator)

@@ -11,6 +11,15 @@ from torch._subclasses import FakeTensor
 from .checks import check_axes, check_images, check_keep_indices
 
 
+def cut_all_patches(images: Tensor, patch_size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """`cut_patches` for arguments that need no check."""
+    windows = images
+    for axis, (patch, step) in enumerate(zip(patch_size, stride, strict=True), start=2):
+        windows = windows.unfold(axis, patch, step)  # in the end a view (B, C, *grid, *patch)
+    num_axes = len(patch_size)
+    return windows.movedim(1, 1 + num_axes).flatten(1, num_axes)
+
+
 def take_drawn_patches(
     images: Tensor, keep_indices: Tensor, patch_size: Sequence[int], stride: Sequence[int]
 ) -> Tensor:
@@ -52,6 +61,39 @@ def take_drawn_patches(
     return patches.movedim(-1, 2) if channels_last else patches
 
 
+def check_cut(
+    images: Tensor, patch_size: int | Sequence[int], stride: int | Sequence[int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`patch_size` and `stride` per axis."""
+    check_images(images)
+    num_axes = images.ndim - 2
+    patch_size = check_axes("patch_size", patch_size, num_axes)
+    stride = patch_size if stride is None else check_axes("stride", stride, num_axes)
+    if any(side < patch for side, patch in zip(images.shape[2:], patch_size, strict=True)):
+        raise ValueError(f"patch_size={tuple(patch_size)} is larger than images of shape {tuple(images.shape)}")
+    return patch_size, stride
+
+
+def cut_patches(images: Tensor, patch_size: int | Sequence[int], stride: int | Sequence[int] | None = None) -> Tensor:
+    """All patches of the images, row by row: what a rule that asks for `pixels` is given, in a ViT of your own.
+
+    `drop(x, pixels=cut_patches(images, patch_size))`.
+
+    Args:
+        images: (B, C, H, W), or videos (B, C, T, H, W); any dtype and memory layout.
+        patch_size: (p, q), or (t, p, q) of a video; an int is the same for all axes.
+        stride: distance from patch to patch; None is the `patch_size`. Pixels that fill no patch are left out, as a
+            convolution does.
+
+    Returns:
+        (B, N, C, p, q), or (B, N, C, t, p, q), of the dtype of `images`.
+
+    Raises:
+        ValueError, TypeError: for `images` or a patch of another rank, or a patch larger than the image.
+    """
+    return cut_all_patches(images, *check_cut(images, patch_size, stride))
+
+
 def take_patches(
     images: Tensor, keep_indices: Tensor, patch_size: int | Sequence[int], stride: int | Sequence[int] | None = None
 ) -> Tensor:
@@ -74,12 +116,7 @@ def take_patches(
         ValueError, TypeError: for `images` or a patch of another rank, or a patch larger than the image; for
             `keep_indices` as in `take_tokens`.
     """
-    check_images(images)
-    num_axes = images.ndim - 2
-    patch_size = check_axes("patch_size", patch_size, num_axes)
-    stride = patch_size if stride is None else check_axes("stride", stride, num_axes)
-    if any(side < patch for side, patch in zip(images.shape[2:], patch_size, strict=True)):
-        raise ValueError(f"patch_size={tuple(patch_size)} is larger than images of shape {tuple(images.shape)}")
+    patch_size, stride = check_cut(images, patch_size, stride)
     check_keep_indices(keep_indices, images.shape[0], images.device)
     sides = zip(images.shape[2:], patch_size, stride, strict=True)
     num_patches = math.prod([(side - patch) // step + 1 for side, patch, step in sides])

@@ -38,12 +38,19 @@ def keep_probability(
     """
     grid_size, mask_ratio = check_grid_size(grid_size), check_mask_ratio(mask_ratio)
     center, sampling = check_center(center), check_sampling(sampling)
+    return probability_on(grid_size, mask_ratio, None if sigma is None else check_sigma(sigma), center, sampling)
+
+
+def probability_on(
+    grid_size: tuple[int, ...], mask_ratio: float, sigma: float | None, center: Sequence[float], sampling: str
+) -> Tensor:
+    """`keep_probability` on a grid (H, W), or (T, H, W) of frames that compete for the same K places."""
     num_patches = math.prod(grid_size)
     num_kept = num_kept_patches(num_patches, mask_ratio)
     if sigma is None or num_kept == num_patches:
         return torch.full(grid_size, num_kept / num_patches, dtype=torch.float32, device="cpu")
-    coords = patch_coordinates(grid_size, device="cpu", dtype=torch.float64)
-    log_density = log_density_at(coords, rankable(check_sigma(sigma)), center)
+    frame = patch_coordinates(grid_size[-2:], device="cpu", dtype=torch.float64)
+    log_density = log_density_at(frame, rankable(sigma), center).repeat(num_patches // len(frame))
     return inclusion_probability(log_density, num_kept, sampling).to(torch.float32).view(*grid_size)
 
 

@@ -78,9 +78,14 @@ def uniform_scores(coords: Tensor, generator: torch.Generator | None = None) -> 
         ValueError, TypeError: for `coords` of another shape.
     """
     check_coords(coords)
+    return uniform(coords.shape[:2], coords.device, generator)
+
+
+def uniform(size: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """U[0, 1) in float32, whatever autocast says."""
     if generator is None:  # torch.rand takes symbolic sizes, and so compiles for any batch, only without the argument
-        return torch.rand(coords.shape[:2], device=coords.device, dtype=torch.float32)
-    return torch.rand(coords.shape[:2], generator=generator, device=coords.device, dtype=torch.float32)
+        return torch.rand(size, device=device, dtype=torch.float32)
+    return torch.rand(size, generator=generator, device=device, dtype=torch.float32)
 
 
 def gaussian_scores(

@@ -1,6 +1,6 @@
 """Seams that are hooks on a module which returns the embedded tokens: transformers, and timm models without a slot."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -8,6 +8,7 @@ from .call import Argument
 from .host import Place
 from .image_paths import FromPatchEmbed, FromPatchEmbedAndDropout, FromPatchProjection
 from .patch_dropout import TimmSeam
+from .patches import Flat
 from .pixels import PixelStage
 from .seam import Seam
 from .unsupported import UnsupportedModelError
@@ -75,6 +76,9 @@ class UnfoldSeam(HookSeam):
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = FromPatchProjection
     projection_below = "patch_projection"
+
+    def flat_patches(self, place: Place) -> Flat | None:
+        return Flat((cast("Any", place.module).patch_size,) * 2, channels_last=False)
 
     def watch_grid(self, module: nn.Module, args: Args, output: Tensor) -> None:
         embeddings: Any = module

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..sampling.patches import take_drawn_patches
+from ..sampling.patches import cut_all_patches, take_drawn_patches
 from .pixels import Args, Kwargs, PixelStage
 from .unsupported import cannot_drop_pixels
 
@@ -97,6 +97,9 @@ class CutToPatches(PixelStage):
         grid = [side // patch for side, patch in zip(images.shape[2:], self.patch_size, strict=True)]
         return math.prod(grid), images.shape[1] * math.prod(self.patch_size)
 
+    def cut(self, images: Tensor) -> Tensor:
+        return cut_all_patches(images, self.patch_size, self.patch_size)
+
     def kept_patches(self, images: Tensor, keep_indices: Tensor) -> Tensor:
         patches = take_drawn_patches(images, keep_indices, self.patch_size, self.patch_size)
         return (patches.movedim(2, -1) if self.channels_last else patches).flatten(2)
@@ -112,6 +115,9 @@ class Gemma4Images(CutToPatches):
     steps: tuple[str, ...] = ("forward_features",)
     entry_path = "patch_embed"
     within: tuple[str, ...] = ("patch_embed",)
+
+    def cut(self, images: Tensor) -> Tensor:
+        return 2 * (super().cut(images) - 0.5)
 
     def kept_patches(self, images: Tensor, keep_indices: Tensor) -> Tensor:
         return 2 * super().kept_patches(images, keep_indices)
@@ -140,6 +146,11 @@ class NaFlexImages(CutToPatches):
         if isinstance(self.projection, nn.Linear):
             return super().kept_patches(images, keep_indices)
         return PixelStage.kept_patches(self, images, keep_indices)
+
+    def cut(self, images: Tensor) -> Tensor:
+        if isinstance(self.projection, nn.Linear):
+            return super().cut(images)
+        return PixelStage.cut(self, images)
 
     @property
     def channels_last(self) -> bool:  # type: ignore[override]

@@ -52,12 +52,16 @@ def obstacle_in_methods(host: nn.Module, names: Sequence[str]) -> str | None:
 
 
 def obstacle_on_the_way(host: nn.Module, paths: Sequence[str], projection: nn.Module) -> str | None:
-    """In the modules of the host, at `paths` and below, from the projection to the tokens."""
+    """In the modules of the host, at `paths` and below, from the image to the tokens."""
     for path in paths:
         for name, module in host.get_submodule(path).named_modules(prefix=path):
-            composite = any(module.children())
-            if composite and is_foreign(module, "forward"):
+            if is_foreign(module, "forward"):
                 return f"the forward of its {type(module).__name__} is not the one of its library"
+            if any(foreign_hooks(module)):
+                return (
+                    f"its {name or type(module).__name__} carries hooks of somebody else's, which would see one blank "
+                    "image in place of the batch"
+                )
             if isinstance(module, _DropoutNd):
                 if module.p > 0:
                     return (
@@ -66,7 +70,7 @@ def obstacle_on_the_way(host: nn.Module, paths: Sequence[str], projection: nn.Mo
                     )
             elif not (
                 module is projection
-                or composite
+                or any(module.children())
                 or isinstance(module, PatchDropout)
                 or type(module).__name__ in HARMLESS
             ):
@@ -75,15 +79,19 @@ def obstacle_on_the_way(host: nn.Module, paths: Sequence[str], projection: nn.Mo
 
 
 def foreign_hooks(module: nn.Module) -> list[Any]:
-    """The hooks of `module` that are not this library's and may do more than to turn gradients on."""
+    """The hooks of `module` that are not this library's and may look at what passes, or change it.
+
+    Those of transformers that turn gradients on and those of torch.distributed do neither.
+    """
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
-    return [
-        hook
-        for hook in hooks
-        if not type(getattr(hook, "__self__", hook)).__module__.startswith(f"{OURS}.")
-        and getattr(hook, "__name__", "") != GRADIENTS_ON
-    ]
+    return [hook for kind in kinds for hook in getattr(module, kind).values() if not is_harmless(hook)]
+
+
+def is_harmless(hook: Any) -> bool:
+    defined_in = type(getattr(hook, "__self__", hook)).__module__
+    if defined_in == "builtins":  # a plain function
+        defined_in = getattr(hook, "__module__", None) or ""
+    return defined_in.startswith((f"{OURS}.", "torch.distributed.")) or getattr(hook, "__name__", "") == GRADIENTS_ON
 
 
 def is_foreign(module: nn.Module, name: str) -> bool:

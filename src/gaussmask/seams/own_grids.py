@@ -11,6 +11,7 @@ from .call import Argument
 from .embeddings import HookSeam
 from .host import Place
 from .image_paths import OWN_POSITIONS, PACKED, Gemma4Images, OneShape
+from .patches import Flat
 from .pixels import PixelStage
 from .seam import Seam
 from .unsupported import UnsupportedModelError
@@ -41,6 +42,11 @@ class FlattenedPatchesSeam(HookSeam):
     pixels_by_default: ClassVar[type[PixelStage] | str] = OWN_POSITIONS
     given_mask: Tensor | None = None
 
+    def flat_patches(self, place: Place) -> Flat | None:
+        configs: Any = (getattr(module, "config", None) for module in (place.module, *reversed(place.owners)))
+        side = next((config.patch_size for config in configs if hasattr(config, "patch_size")), None)
+        return Flat((side, side), channels_last=True) if isinstance(side, int) else None
+
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         return None
 
@@ -68,12 +74,17 @@ class MaskFromOutsideSeam(HookSeam):
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = OneShape
 
+    def flat_patches(self, place: Place) -> Flat:
+        return Flat((cast("Any", place.module).patch_size,) * 2, channels_last=True)
+
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         return (cast("Any", place.module).position_embedding_size,) * 2
 
     def install(self, place: Place) -> None:
         super().install(place)
         self.shapes: Argument = Argument.of(place.module, "spatial_shapes")
+        self.flat = self.flat_patches(place)
+        self.embed: tuple[nn.Module, ...] = (place.module,)  # in a tuple, for it is no part of the seam
         self.kept_mask: Tensor | None = None  # on its way from the outermost module to the embeddings
         for owner in place.owners:
             mask = next((name for name in PADDING_MASKS if Argument.known(owner, name)), None)
@@ -83,12 +94,18 @@ class MaskFromOutsideSeam(HookSeam):
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Nothing: a forward begins at the gate."""
 
-    def draw_patches(self, shapes: Tensor, valid: Tensor) -> Tensor:
+    def draw_patches(self, images: Tensor, shapes: Tensor, valid: Tensor) -> Tensor:
+        """The kept patches, drawn before the embeddings; `images` are flattened patches (B, N, numbers)."""
         batch_size, num_patches = valid.shape
         self.draw.num_patches = num_patches
         facts = own_grids(positions_on_grids(shapes, num_patches), valid)
         self.agreed("num_prefix_tokens", self.num_prefix_tokens)
         self.agree_to_own_grids(facts)
+        if "pixels" in self.drop.asks_for:
+            facts["pixels"] = self.flat.unflatten(images)
+        if "tokens" in self.drop.asks_for:  # made for the draw alone, and once more in their place
+            with torch.no_grad():
+                facts["tokens"] = type(self.embed[0]).forward(self.embed[0], images, shapes)
         keep_indices = self.drop.draw(batch_size, num_patches, None, **facts)
         self.draw.keep_indices = keep_indices
         return keep_indices
@@ -106,6 +123,8 @@ class MaskFromOutsideSeam(HookSeam):
             return super().drop_tokens(x, num_prefix_tokens, **facts)
         self.kept_mask = None
         self.guard.reached()
+        if self.caught is not None:
+            self.caught.entering = None
         return self.take(x, keep_indices, self.num_prefix_tokens), keep_indices
 
 
@@ -116,6 +135,7 @@ class MaskGate:
         self.seam = seam
         self.mask: Argument = Argument.of(module, mask)
         self.shapes: Argument = Argument.of(module, "spatial_shapes")
+        self.images: Argument = Argument.of(module, "pixel_values")
 
     def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         seam, mask = self.seam, self.mask.read(args, kwargs)
@@ -124,7 +144,8 @@ class MaskGate:
         seam.draw, seam.kept_mask = seam.new_draw(), None
         if mask is None or not seam.drop.active:
             return None
-        keep_indices = seam.draw_patches(self.shapes.read(args, kwargs), mask.bool())
+        images, shapes = self.images.read(args, kwargs), self.shapes.read(args, kwargs)
+        keep_indices = seam.draw_patches(images, shapes, mask.bool())
         seam.kept_mask = mask.gather(1, keep_indices)
         return self.mask.write(args, kwargs, seam.kept_mask)
 
@@ -134,6 +155,10 @@ class PositionsInOutputSeam(HookSeam):
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = Gemma4Images
     projection_below = "input_proj"
+
+    def flat_patches(self, place: Place) -> Flat | None:
+        patch_embed: Any = place.module.get_submodule(place.host.patch_embedding)
+        return Flat(tuple(patch_embed.patch_size), channels_last=False)
 
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         return None  # a host of any size of image, which it is not built for
@@ -229,14 +254,28 @@ class PackedSeam(Seam):
     def draw_packed(self, grids: list[tuple[int, ...]], x: Tensor) -> Tensor:
         """The kept rows (K,) of the sequence, image by image."""
         self.agreed("num_prefix_tokens", 0)
+        asked = self.asked_of_packed(grids, x)
         num_images, num_tokens = len(grids), x.shape[1]
         if len(set(grids)) == 1:
             num_patches = num_tokens // num_images
             grid_size = self.agreed("grid_size", grids[0])
-            keep_indices = self.drop.draw(num_images, num_patches, grid_size, device=x.device)
+            asked = {name: value.unflatten(1, (num_images, -1)).squeeze(0) for name, value in asked.items()}
+            keep_indices = self.drop.draw(num_images, num_patches, grid_size, **asked, device=x.device)
             first = torch.arange(0, num_tokens, num_patches, device=x.device).unsqueeze(1)
             return (keep_indices + first).flatten()
         self.agree_to_own_grids({})
         coords = torch.cat([patch_coordinates(grid, device=x.device) for grid in grids]).unsqueeze(0)
         lengths = [math.prod(grid) for grid in grids]
-        return self.drop.draw(1, num_tokens, None, coords, lengths=lengths)[0]
+        return self.drop.draw(1, num_tokens, None, coords, lengths=lengths, **asked)[0]
+
+    def asked_of_packed(self, grids: list[tuple[int, ...]], x: Tensor) -> dict[str, Any]:
+        """What the rule asks for, (1, N of all images, ...)."""
+        asked: dict[str, Any] = {"tokens": x} if "tokens" in self.drop.asks_for else {}
+        if self.caught is not None:
+            patch_height, patch_width = cast("Any", self.caught.projection).kernel_size
+            own = (  # of images that are padded to one size
+                image[:, : height * patch_height, : width * patch_width]
+                for image, (height, width) in zip(self.caught.take_entering(), grids, strict=True)
+            )
+            asked["pixels"] = torch.cat([self.caught.cut(image.unsqueeze(0)) for image in own], dim=1)
+        return asked

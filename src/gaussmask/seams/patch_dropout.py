@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from ..sampling.grids import own_grids
 from .host import Place
 from .image_paths import FromConv1, FromPatchEmbedAndDropout, NaFlexImages
+from .patches import Flat
 from .pixels import PixelStage
 from .seam import Seam
 from .unsupported import UnsupportedModelError
@@ -61,6 +62,10 @@ class NaFlexSeam(Seam):
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         grid_size = cast("Any", place.module).embeds.pos_embed_grid_size
         return None if grid_size is None else tuple(grid_size)
+
+    def flat_patches(self, place: Place) -> Flat | None:
+        embeds: Any = place.module.get_submodule(place.host.patch_embedding)
+        return Flat(tuple(embeds.patch_size), getattr(embeds, "channels_last", True))
 
     def watch(self, patch_embedding: nn.Module) -> RemovableHandle:
         self.patches: dict[str, Any] = {}

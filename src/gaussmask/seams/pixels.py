@@ -22,6 +22,7 @@ from ..drops.base import PatchDropout
 from ..sampling.patches import take_drawn_patches
 from ..sampling.tokens import take_drawn_tokens, token_indices
 from .obstacles import obstacle_in_methods, obstacle_in_projection, obstacle_on_the_way
+from .patches import Flat, cut_entering, padding_of
 from .unsupported import cannot_drop_pixels
 
 Args = tuple[Any, ...]
@@ -38,6 +39,7 @@ class PixelStage:
         host_name: the class that a user knows.
         projection: path of the projection, below the host.
         drop: the drop that the seam carries.
+        flat: how patches lie that enter the projection flattened.
     """
 
     entry_path = ""  # below the host, of the module that is given the blank image
@@ -45,12 +47,15 @@ class PixelStage:
     steps: tuple[str, ...] = ("forward",)  # methods of the host on the way from the image to the tokens
     only = ""  # the calls that can drop pixels, where not all can
 
-    def __init__(self, host: nn.Module, host_name: str, projection: str, drop: PatchDropout) -> None:
+    def __init__(
+        self, host: nn.Module, host_name: str, projection: str, drop: PatchDropout, flat: Flat | None = None
+    ) -> None:
         self.host = host
         self.host_name = host_name
         self.projection_path = projection
         self.projection: nn.Module = host.get_submodule(projection)
         self.drop = drop
+        self.flat = flat
         self.images: Tensor | None = None  # on their way from the entry to the seam
         self.blank: Tensor | None = None  # what the projection was given in place of the images
 
@@ -126,7 +131,7 @@ class PixelStage:
         if isinstance(module, nn.Linear):
             return output.repeat(1, self.blank.shape[1], 1)
         conv, sides = cast("Any", module), self.blank.shape[2:]
-        axes = zip(sides, _padding(conv), conv.kernel_size, conv.stride, strict=True)
+        axes = zip(sides, padding_of(conv), conv.kernel_size, conv.stride, strict=True)
         grid_size = [(side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in axes]
         one = (slice(None), slice(None), *(slice(1) for _ in sides))
         return output[one].repeat(1, 1, *grid_size)
@@ -171,6 +176,15 @@ class PixelStage:
         projected = project_patches(patches, self.weight)
         return constant + F.pad(projected, (0, 0, num_prefix_tokens, num_suffix_tokens))
 
+    def all_patches(self) -> Tensor:
+        """All patches (B, N, C, h, w) of the images on their way, for a rule that asks for pixels."""
+        images, blank = cast("Tensor", self.images), cast("Tensor", self.blank)
+        return self.cut(images.detach()).to(blank.dtype)
+
+    def cut(self, images: Tensor) -> Tensor:
+        """The patches of images, as they would enter the projection."""
+        return cut_entering(images, self.projection, self.flat)
+
     @property
     def weight(self) -> Tensor:
         """Of the projection, whole and plain."""
@@ -192,13 +206,9 @@ class PixelStage:
         if images.ndim == 3:  # flattened patches (B, N, pixels)
             return take_drawn_tokens(images, keep_indices, 0)
         conv: Any = self.projection
-        if any(_padding(conv)):
-            images = F.pad(images, [pad for pad in reversed(_padding(conv)) for _ in range(2)])
+        if any(padding_of(conv)):
+            images = F.pad(images, [pad for pad in reversed(padding_of(conv)) for _ in range(2)])
         return take_drawn_patches(images, keep_indices, conv.kernel_size, conv.stride)
-
-
-def _padding(conv: Any) -> tuple[int, ...]:
-    return (0,) * len(conv.kernel_size) if conv.padding == "valid" else conv.padding
 
 
 def project_patches(patches: Tensor, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ pickles of a host have a seam, a drop and hooks of their own.
 
 import math
 import weakref
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -23,6 +23,7 @@ from .call import Draw
 from .changes import Changes
 from .guards import MustReachDrop, NoDenseMaps
 from .host import Place
+from .patches import CaughtPatches, Flat, why_not_cut
 from .pixels import PixelStage
 from .unsupported import UnsupportedModelError, cannot_drop_pixels
 
@@ -56,6 +57,10 @@ class Seam(nn.Module):
         if isinstance(pixels, str):
             raise cannot_drop_pixels(place.name, pixels)
         self.pixels = pixels
+        self.caught: CaughtPatches | None = None  # for a rule that asks for pixels
+        if "pixels" in drop.asks_for and pixels is None:
+            projection = place.module.get_submodule(self.projection_path(place))
+            self.caught = CaughtPatches(drop, place.name, projection, self.flat_patches(place))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -78,11 +83,15 @@ class Seam(nn.Module):
         stage = place.host.pixels or self.pixels_by_default
         if isinstance(stage, str):
             return stage
-        return stage(place.module, place.name, self.projection_path(place), self.drop)
+        return stage(place.module, place.name, self.projection_path(place), self.drop, self.flat_patches(place))
 
     def projection_path(self, place: Place) -> str:
         """Of the projection, below the host."""
         return ".".join(part for part in (place.host.patch_embedding, self.projection_below) if part)
+
+    def flat_patches(self, place: Place) -> Flat | None:
+        """How patches lie that enter the projection flattened; None where it cuts images by itself."""
+        return None
 
     def how(self, place: Place) -> str:
         """The seam in words, for `describe`."""
@@ -99,6 +108,7 @@ class Seam(nn.Module):
     def check(self, place: Place) -> None:
         """Raise where the drop or the surroundings of the host do not fit, before anything is changed."""
         self.agreed("num_prefix_tokens", self.num_prefix_tokens)
+        self.check_asked(place)
         if self.pixels is not None:
             self.pixels.check()
         for class_name, follower in place.host.followers.items():
@@ -107,6 +117,22 @@ class Seam(nn.Module):
                 raise UnsupportedModelError(
                     f"{name} by itself lacks {follower.needed}: attach to the model that holds both"
                 )
+
+    def check_asked(self, place: Place) -> None:
+        """Raise where the scores of the drop ask for what the host cannot give."""
+        rule, asked = type(self.drop).__name__, self.drop.asks_for
+        if "tokens" in asked and self.pixels is not None:
+            raise cannot_drop_pixels(
+                self.host_name, f"the scores of {rule} ask for tokens, which there are behind the projection only"
+            )
+        if "pixels" not in asked:
+            return
+        projection = place.module.get_submodule(self.projection_path(place))
+        patch_embedding = place.module.get_submodule(place.host.patch_embedding)
+        if reason := why_not_cut(patch_embedding, projection, self.flat_patches(place)):
+            raise UnsupportedModelError(
+                f"{self.host_name} cannot give the pixels that the scores of {rule} ask for: {reason}"
+            )
 
     # Installation
 
@@ -117,6 +143,8 @@ class Seam(nn.Module):
         self.replaced = changes.put(module, host.patch_dropout, self)
         if self.pixels is not None:
             changes.hook(*self.pixels.install())
+        if self.caught is not None:
+            changes.hook(*self.caught.install())
         patch_embedding = module.get_submodule(host.patch_embedding)
         changes.hook(self.watch(patch_embedding), *self.guard.watch_embedding(patch_embedding))
         for class_name, follower in host.followers.items():
@@ -187,7 +215,7 @@ class Seam(nn.Module):
             self.drop.keep_indices = None
             return x, None
         facts = facts or {"grid_size": self.agreed("grid_size", self.known_grid(watched))}
-        draw.keep_indices = self.ask_drop(x, draw.num_patches, **facts)
+        draw.keep_indices = self.ask_drop(x, prefix, draw.num_patches, **facts)
         return self.take(x, draw.keep_indices, prefix), draw.keep_indices
 
     def known_grid(self, watched: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -198,8 +226,10 @@ class Seam(nn.Module):
             )
         return watched
 
-    def ask_drop(self, x: Tensor, num_patches: int, grid_size: tuple[int, ...] | None = None, **facts: Any) -> Tensor:
-        """The kept patches (B, K)."""
+    def ask_drop(
+        self, x: Tensor, prefix: int, num_patches: int, grid_size: tuple[int, ...] | None = None, **facts: Any
+    ) -> Tensor:
+        """The kept patches (B, K), of the N that stand behind `prefix` others in `x`."""
         batch_size = x.shape[0] if self.pixels is None else self.pixels.batch_size
         for fact, value in facts.items():  # of a blank image, where pixels are dropped
             facts[fact] = value.expand(batch_size, *value.shape[1:])
@@ -209,7 +239,16 @@ class Seam(nn.Module):
                 f"besides its {self.num_prefix_tokens + self.num_suffix_tokens} others: if it was given further "
                 "tokens, count them in its num_prefix_tokens and attach again"
             )
+        if asked := self.drop.asks_for:
+            if "pixels" in asked:
+                facts["pixels"] = self.patches_of_images()
+            if "tokens" in asked:
+                facts["tokens"] = x[:, prefix : prefix + num_patches]
         return self.drop.draw(batch_size, num_patches, grid_size, **facts, device=x.device)
+
+    def patches_of_images(self) -> Tensor:
+        """All patches (B, N, C, h, w) as they enter the projection, for a rule that asks for pixels."""
+        return cast("CaughtPatches", self.caught).take() if self.pixels is None else self.pixels.all_patches()
 
     def take(self, x: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
         """The prefix, the kept patches and the suffix: of embedded tokens, or from pixels and the table `x`."""
