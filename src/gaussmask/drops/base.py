@@ -280,7 +280,8 @@ class PatchDropout(nn.Module):
             return torch.full((1, 1, 1), math.nan, device=device).expand(batch_size, num_patches, 2)
         check_grid_holds(grid_size, num_patches)
         frame = patch_coordinates(grid_size[-2:], device=device)
-        return frame.repeat(num_patches // len(frame), 1).expand(batch_size, -1, -1)
+        coords = frame if len(grid_size) == 2 else frame.repeat(grid_size[0], 1)
+        return coords.expand(batch_size, -1, -1)
 
     def _scores(self, facts: Facts, generator: torch.Generator | None) -> Tensor:
         """The scores of the rule, with padding last."""

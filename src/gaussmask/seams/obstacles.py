@@ -83,8 +83,8 @@ def foreign_hooks(module: nn.Module) -> list[Any]:
 
     Those of transformers that turn gradients on and those of torch.distributed do neither.
     """
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [hook for kind in kinds for hook in getattr(module, kind).values() if not is_harmless(hook)]
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return [hook for hooks in kinds if hooks for hook in hooks.values() if not is_harmless(hook)]
 
 
 def is_harmless(hook: Any) -> bool:

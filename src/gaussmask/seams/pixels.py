@@ -106,6 +106,8 @@ class PixelStage:
 
     def others_for_one(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """The further arguments of the entry, for one image."""
+        if not (args or kwargs):
+            return args, kwargs
         names = list(inspect.signature(self.entry.forward).parameters)[1:]
         for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
             if isinstance(value, Tensor):
