@@ -23,6 +23,14 @@ from gaussmask.functional import num_kept_patches
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu-clip.json"
 FOLDER = Path(__file__).parent / "method"
+RULES = {  # of the README's table
+    "random: FLIP": gaussmask.RandomPatchDropout(0.75),
+    "Gaussian: GLIP": gaussmask.GaussianPatchDropout(0.75),
+    "Gaussian, weighted": gaussmask.GaussianPatchDropout(0.75, sampling="weighted"),
+    "cluster": gaussmask.ClusterPatchDropout(0.75),
+    "grid": gaussmask.GridPatchDropout(0.75),
+    "block": gaussmask.BlockPatchDropout(0.75),
+}
 RATIOS = (0.5, 0.75, 0.918)
 SIGMAS = (0.05, 0.1, 0.2, 0.4, 0.8)
 IMAGE = Tower(197, 768, 12, 196, 768)  # ViT-B/16
@@ -35,6 +43,26 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name, draw in PICTURES.items():
         draw().savefig(FOLDER / f"{name}.png", dpi=100)
+
+
+def rules() -> Figure:
+    """One photo under each rule."""
+    figure = gaussmask.plot.compare_drops(load_photo()[0], RULES, seed=1)
+    figure.set_size_inches(9, 4.8)
+    return figure
+
+
+def frequencies() -> Figure:
+    """How often each patch of the photo is kept."""
+    torch.manual_seed(0)
+    figure, axes = plt.subplots(2, 3, figsize=(9, 6.2), layout="constrained")
+    image = load_photo() / 127.5 - 1
+    for axis, (name, drop) in zip(axes.flat, RULES.items(), strict=True):
+        gaussmask.plot.keep_probability(drop, GRID, images=image, draws=2000, ax=axis)
+        axis.images[0].colorbar.remove()
+        axis.set_title(name)
+    figure.colorbar(axes[0, 0].images[0], ax=axes, shrink=0.5, label="how often a patch is kept")
+    return figure
 
 
 def sigma() -> Figure:
@@ -98,7 +126,14 @@ def unreachable() -> Figure:
     return figure
 
 
-PICTURES = {"sigma": sigma, "photos": photos, "cost": cost, "unreachable": unreachable}
+PICTURES = {
+    "rules": rules,
+    "frequencies": frequencies,
+    "sigma": sigma,
+    "photos": photos,
+    "cost": cost,
+    "unreachable": unreachable,
+}
 
 if __name__ == "__main__":
     main()

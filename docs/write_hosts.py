@@ -85,6 +85,10 @@ embeddings, raise (`describe` tells); so do calls with masked positions, or patc
   the drop, and raise while patches are dropped. The padding masks of the hosts with a note on grids do follow.
 - **Time.** In a video the grid is (T, H, W): a Gaussian is laid over each frame alike, and the patches of all frames
   compete for the same K places, so nothing prefers a time.
+- **Rules that look at the images.** Every family gives a rule the pixels and, at stage "tokens", the tokens that it
+  asks for. Models that are built with a convolutional stem in front of their patches (hybrids, ViTamin) have no patches
+  of pixels, and raise at attach. SigLIP 2 with a padding mask draws before its embeddings; for a rule that asks for
+  tokens it embeds twice.
 - **Padding.** Where images of many sizes share a padded batch, the Gaussian is laid over each image's own grid, K
   follows the padded N, and padding is kept only where an image has fewer than K patches.
 

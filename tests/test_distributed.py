@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gaussmask
-from gaussmask import RandomPatchDropout
+from gaussmask import ClusterPatchDropout, RandomPatchDropout
 
 
 @pytest.fixture
@@ -45,6 +45,28 @@ def test_wrapped_models_drop_and_give_the_drop_back(name, stage, wrapper):
     result(host, model, host.inputs(2)).sum().backward()
     assert drop.keep_indices.shape == (2, host.count // 2)
     assert gaussmask.attached(gaussmask.detach(model)) is None
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("name", "stage"), with_stages(["timm-vit", "transformers-CLIPModel", "open_clip-tower-patch-dropout"])
+)
+def test_rules_that_ask_are_given_their_pixels_under_a_wrapper(name, stage, wrapper):
+    if wrapper == "fsdp2" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("this torch has no FSDP2 on the CPU")
+    torch.manual_seed(0)
+    host, drop = ALL[name], ClusterPatchDropout(0.5)
+    model, inputs = host.build(), host.inputs(2)
+    gaussmask.attach(model, drop, stage=stage)
+    expected = result(host, model, inputs, seed=3).detach()
+    kept = drop.keep_mask
+    model = DistributedDataParallel(model) if wrapper == "ddp" else shard(model)
+    output = result(host, model, inputs, seed=3)
+    assert torch.equal(drop.keep_mask, kept)
+    torch.testing.assert_close(output, expected)
+    output.sum().backward()
 
 
 @pytest.mark.usefixtures("process_group")

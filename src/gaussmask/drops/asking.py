@@ -1,8 +1,10 @@
 """What a rule may see beside coordinates: it asks by name, the way a pytest test asks for a fixture."""
 
 import inspect
+import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..sampling.grids import Packing
@@ -95,3 +97,22 @@ class Facts(NamedTuple):
         real = packing.valid if valid is None else packing.valid & packing.unpack(valid[0])
         pixels, tokens = (None if value is None else packing.unpack(value[0]) for value in (pixels, tokens))
         return Facts(packing.unpack(coords[0]), real, pixels, tokens)
+
+
+def scores_of(rule: Any, facts: Facts, generator: torch.Generator | None) -> Tensor:
+    """The scores (B, N) of a drop, given what it asks for, and with padding last.
+
+    Raises:
+        TypeError, ValueError: for scores that are no numbers, or not one for each patch.
+    """
+    name, coords = type(rule).__name__, facts.coords
+    asked = facts.given_to(type(rule)) if rule.asks_for else {}
+    scores = rule.scores(coords, **asked) if generator is None else rule.scores(coords, generator, **asked)
+    if not isinstance(scores, Tensor) or scores.dtype == torch.bool:
+        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"{name}.scores must return a tensor of numbers, got {got}")
+    if scores.shape != coords.shape[:2]:
+        raise ValueError(
+            f"{name}.scores must return one score per patch, shape {tuple(coords.shape[:2])}, got {tuple(scores.shape)}"
+        )
+    return scores if facts.valid is None else scores.masked_fill(~facts.valid, -math.inf)

@@ -1,9 +1,7 @@
 """The layer that drops patches, whatever the rule: `PatchDropout`, the base class of every file beside it.
 
-    forward: tokens --> draw --> take --> kept tokens
-    draw:    grid --> coordinates --> scores, of the rule --> the K highest
-
-What a rule asks for by name, beside coordinates, is in `asking`.
+forward: tokens --> draw --> take --> kept tokens
+draw:    grid --> coordinates --> scores, which the rule is asked for in `asking` --> the K highest
 """
 
 import math
@@ -28,7 +26,7 @@ from ..sampling.frequency import keep_frequency
 from ..sampling.grids import Packing, patch_coordinates
 from ..sampling.tokens import take_drawn_tokens
 from ..sampling.top import num_kept_patches, top_packed_patches, top_patches
-from .asking import Facts, names_asked_for
+from .asking import Facts, names_asked_for, scores_of
 
 
 class PatchDropout(nn.Module):
@@ -183,7 +181,9 @@ class PatchDropout(nn.Module):
 
         Args:
             grid_size: (H, W), or (T, H, W) of a video.
-            draws, images, generator: of `functional.keep_frequency`, for rules whose chances are not known.
+            draws: number of masks, for a rule whose chances are not known; see `functional.keep_frequency`.
+            images: (B, C, height, width), for a rule that asks for `pixels`.
+            generator: source of randomness of the draws; None is the global one.
 
         Returns:
             (H, W) or (T, H, W) float32, with the sum K.
@@ -262,7 +262,7 @@ class PatchDropout(nn.Module):
         elif self.tube and grid_size is not None and len(grid_size) == 3:
             self.keep_indices = self._keep_tubes(facts, grid_size[0], generator)
         else:
-            self.keep_indices = self._keep(self._scores(facts, generator))
+            self.keep_indices = self._keep(scores_of(self, facts, generator))
         return self.keep_indices
 
     # The steps of a draw
@@ -283,27 +283,12 @@ class PatchDropout(nn.Module):
         coords = frame if len(grid_size) == 2 else frame.repeat(grid_size[0], 1)
         return coords.expand(batch_size, -1, -1)
 
-    def _scores(self, facts: Facts, generator: torch.Generator | None) -> Tensor:
-        """The scores of the rule, with padding last."""
-        asked = facts.given_to(type(self)) if self.asks_for else {}
-        coords = facts.coords
-        scores = self.scores(coords, **asked) if generator is None else self.scores(coords, generator, **asked)
-        if not isinstance(scores, Tensor) or scores.dtype == torch.bool:
-            got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-            raise TypeError(f"{type(self).__name__}.scores must return a tensor of numbers, got {got}")
-        if scores.shape != coords.shape[:2]:
-            raise ValueError(
-                f"{type(self).__name__}.scores must return one score per patch, shape {tuple(coords.shape[:2])}, "
-                f"got {tuple(scores.shape)}"
-            )
-        return scores if facts.valid is None else scores.masked_fill(~facts.valid, -math.inf)
-
     def _keep(self, scores: Tensor) -> Tensor:
         return top_patches(scores, num_kept_patches(scores.shape[1], self.mask_ratio), ordered=self.ordered)
 
     def _keep_tubes(self, facts: Facts, num_frames: int, generator: torch.Generator | None) -> Tensor:
         """The same places in every frame, frame by frame."""
-        kept = self._keep(self._scores(facts.of_one_frame(num_frames), generator))
+        kept = self._keep(scores_of(self, facts.of_one_frame(num_frames), generator))
         per_frame = facts.coords.shape[1] // num_frames
         first = torch.arange(0, num_frames * per_frame, per_frame, device=kept.device)
         return (kept.unsqueeze(1) + first.unsqueeze(1)).flatten(1)
@@ -311,6 +296,6 @@ class PatchDropout(nn.Module):
     def _keep_packed(self, facts: Facts, lengths: Sequence[int], generator: torch.Generator | None) -> Tensor:
         """(1, sum of all K): each image's own share."""
         packing = Packing(lengths, device=facts.coords.device)
-        scores = packing.pack(self._scores(facts.unpacked(packing), generator))
+        scores = packing.pack(scores_of(self, facts.unpacked(packing), generator))
         kept = [num_kept_patches(length, self.mask_ratio) for length in lengths]
         return top_packed_patches(scores, lengths, kept, ordered=self.ordered).unsqueeze(0)

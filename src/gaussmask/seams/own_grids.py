@@ -83,7 +83,7 @@ class MaskFromOutsideSeam(HookSeam):
     def install(self, place: Place) -> None:
         super().install(place)
         self.shapes: Argument = Argument.of(place.module, "spatial_shapes")
-        self.flat = self.flat_patches(place)
+        self.flat: Flat = self.flat_patches(place)
         self.embed: tuple[nn.Module, ...] = (place.module,)  # in a tuple, for it is no part of the seam
         self.kept_mask: Tensor | None = None  # on its way from the outermost module to the embeddings
         for owner in place.owners:

@@ -48,8 +48,8 @@ class Seam(nn.Module):
         self.num_prefix_tokens: int = host.count(host.prefix, place.module)
         self.num_suffix_tokens: int = host.count(host.suffix, place.module)
         self.replaced: nn.Module | None = None  # the host's own patch dropout, which goes on following its mode
-        self.changes = Changes()
-        self.guard = MustReachDrop(drop, place.name)
+        self.changes: Changes = Changes()
+        self.guard: MustReachDrop = MustReachDrop(drop, place.name)
         self.grid_size: tuple[int, ...] | None = None  # of the forward that is running
         self.draw: Draw = self.new_draw()  # the latest
         self.begun: Draw | None = None  # one that is handed on before it is drawn
