@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..sampling.grids import Packing
 
-NAMES = ("pixels", "tokens", "grid_size", "valid")
+NAMES = ("pixels", "tokens", "grid_size", "valid", "num_kept")
 
 
 def names_asked_for(cls: type) -> frozenset[str]:
@@ -47,6 +47,7 @@ class Facts(NamedTuple):
     """What is known about the patches of a batch; see `PatchDropout.scores`."""
 
     coords: Tensor
+    num_kept: int | Tensor
     valid: Tensor | None = None
     pixels: Tensor | None = None
     tokens: Tensor | None = None
@@ -58,12 +59,17 @@ class Facts(NamedTuple):
         for name in rule.asks_for:  # type: ignore[attr-defined]
             value = getattr(self, name)
             if name in WAYS_OUT:
-                if value is None:
-                    raise ValueError(f"{rule.__name__} asks for {name}, and there are none: {WAYS_OUT[name]}")
-                self.check(name, value)
                 value = value.detach()
             given[name] = value
         return given
+
+    def check_for(self, rule: type) -> None:
+        """What a class of drops asks for is there, for these patches."""
+        for name in WAYS_OUT:
+            if name in rule.asks_for:  # type: ignore[attr-defined]
+                if getattr(self, name) is None:
+                    raise ValueError(f"{rule.__name__} asks for {name}, and there are none: {WAYS_OUT[name]}")
+                self.check(name, getattr(self, name))
 
     def check(self, name: str, value: object) -> None:
         batch_size, num_patches = self.coords.shape[:2]
@@ -76,7 +82,7 @@ class Facts(NamedTuple):
                 f"{tuple(value.shape)}"
             )
 
-    def of_one_frame(self, num_frames: int) -> "Facts":
+    def of_one_frame(self, num_frames: int, num_kept: int) -> "Facts":
         """Videos (T, H, W) as images (H, W): patches through time, tokens by their mean."""
         pixels, tokens, valid, grid_size = self.pixels, self.tokens, self.valid, self.grid_size
         if pixels is not None:
@@ -85,18 +91,20 @@ class Facts(NamedTuple):
             pixels = frames.movedim(1, 3).flatten(3, 4)
         return Facts(
             self.coords[:, : self.coords.shape[1] // num_frames],
+            num_kept,
             None if valid is None else valid.unflatten(1, (num_frames, -1)).all(1),
             pixels,
             None if tokens is None else tokens.unflatten(1, (num_frames, -1)).mean(1),
             grid_size and grid_size[1:],
         )
 
-    def unpacked(self, packing: Packing) -> "Facts":
+    def unpacked(self, packing: Packing, num_kept: list[int]) -> "Facts":
         """Packed images side by side, padded to one length."""
-        coords, valid, pixels, tokens, _ = self
+        coords, _, valid, pixels, tokens, _ = self
         real = packing.valid if valid is None else packing.valid & packing.unpack(valid[0])
         pixels, tokens = (None if value is None else packing.unpack(value[0]) for value in (pixels, tokens))
-        return Facts(packing.unpack(coords[0]), real, pixels, tokens)
+        kept = torch.tensor(num_kept, device=coords.device).unsqueeze(1)
+        return Facts(packing.unpack(coords[0]), kept, real, pixels, tokens)
 
 
 def scores_of(rule: Any, facts: Facts, generator: torch.Generator | None) -> Tensor:

@@ -102,9 +102,9 @@ class PatchDropout(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.asks_for = names_asked_for(cls)
-        if "scores" in vars(cls):  # what its base knew of other scores
-            cls.needs_grid = vars(cls).get("needs_grid", True)
-            cls._exact_probability = vars(cls).get("_exact_probability")
+        author = next(base for base in cls.__mro__ if "scores" in vars(base))  # of the scores: a mixin perhaps
+        cls.needs_grid = vars(cls).get("needs_grid", vars(author).get("needs_grid", True))
+        cls._exact_probability = vars(cls).get("_exact_probability", vars(author).get("_exact_probability"))
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = self._checks.get(name)
@@ -137,6 +137,7 @@ class PatchDropout(nn.Module):
         - `grid_size` (H, W) or (T, H, W): the grid; None for images with grids of their own, or where none is known.
         - `valid` (B, N) bool, False for padding; None where every patch is real. Padding is never kept before a real
           patch, whatever its score.
+        - `num_kept`: K, which is (B, 1) int64 where each image has its own.
 
         With `tube=True` a video is one frame here: `pixels` (B, H W, C, T t, h, w), `tokens` their mean over time.
 
@@ -255,7 +256,12 @@ class PatchDropout(nn.Module):
             coords = self._coordinates(batch_size, num_patches, grid_size, device)
         elif coords.shape != (batch_size, num_patches, 2):
             raise ValueError(f"coords must have shape ({batch_size}, {num_patches}, 2), got {tuple(coords.shape)}")
-        facts = Facts(coords, valid, pixels, tokens, grid_size)
+        if lengths is not None and (batch_size != 1 or sum(lengths) != num_patches):
+            raise ValueError(
+                f"lengths must count the patches of a batch of 1, got {list(lengths)} for {batch_size} x {num_patches}"
+            )
+        facts = Facts(coords, num_kept_patches(num_patches, self.mask_ratio), valid, pixels, tokens, grid_size)
+        facts.check_for(type(self))
         self._mask_shape = (num_patches,) if grid_size is None else grid_size
         if lengths is not None:
             self.keep_indices = self._keep_packed(facts, lengths, generator)
@@ -288,14 +294,15 @@ class PatchDropout(nn.Module):
 
     def _keep_tubes(self, facts: Facts, num_frames: int, generator: torch.Generator | None) -> Tensor:
         """The same places in every frame, frame by frame."""
-        kept = self._keep(scores_of(self, facts.of_one_frame(num_frames), generator))
         per_frame = facts.coords.shape[1] // num_frames
+        num_kept = num_kept_patches(per_frame, self.mask_ratio)
+        kept = self._keep(scores_of(self, facts.of_one_frame(num_frames, num_kept), generator))
         first = torch.arange(0, num_frames * per_frame, per_frame, device=kept.device)
         return (kept.unsqueeze(1) + first.unsqueeze(1)).flatten(1)
 
     def _keep_packed(self, facts: Facts, lengths: Sequence[int], generator: torch.Generator | None) -> Tensor:
         """(1, sum of all K): each image's own share."""
         packing = Packing(lengths, device=facts.coords.device)
-        scores = packing.pack(scores_of(self, facts.unpacked(packing), generator))
         kept = [num_kept_patches(length, self.mask_ratio) for length in lengths]
+        scores = packing.pack(scores_of(self, facts.unpacked(packing, kept), generator))
         return top_packed_patches(scores, lengths, kept, ordered=self.ordered).unsqueeze(0)

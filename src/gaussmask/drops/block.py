@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..sampling.grids import Places
 from ..sampling.scores import uniform
-from ..sampling.top import num_kept_patches
 from .base import PatchDropout
 
 LOG_ASPECT = math.log(1 / 0.3)  # BEiT's blocks are from 0.3 to 1 / 0.3 times as high as wide
@@ -42,13 +41,14 @@ class BlockPatchDropout(PatchDropout):
         *,
         grid_size: tuple[int, ...] | None,
         valid: Tensor | None,
+        num_kept: int | Tensor,
     ) -> Tensor:
         batch_size, num_patches = coords.shape[:2]
         places = Places.of(coords, grid_size, valid)
-        num_kept = num_kept_patches(num_patches, self.mask_ratio)
-        area = areas(places.frames, num_patches, num_kept, valid, coords.device)  # (G, T)
-        draws = uniform((6, batch_size, places.frames), coords.device, generator)  # of every frame
-        upright, aspect, y, x, at_end, at_far_side = draws
+        draws = uniform((7, batch_size, places.frames), coords.device, generator)  # of every frame
+        upright, aspect, y, x, at_end, at_far_side, more = draws
+        num_dropped = num_patches - num_kept if valid is None else valid.sum(1, keepdim=True) - num_kept
+        area = areas(num_dropped, more)
         # Along p the rectangle is a whole number of patches long, and as wide along q as its area needs: p is y or x.
         upright = upright < 0.5
         long_side = torch.where(upright, places.height, places.width)
@@ -73,9 +73,9 @@ class BlockPatchDropout(PatchDropout):
         return torch.where(inside & ~given_back, -1.0, 0.0)
 
 
-def areas(num_frames: int, num_patches: int, num_kept: int, valid: Tensor | None, device: torch.device) -> Tensor:
-    """How many patches each rectangle drops, (1, T), or of images with padding (B, 1): the real ones beyond K."""
-    if valid is not None:
-        return (valid.sum(1, keepdim=True) - num_kept).clamp(min=0)
-    bounds = torch.arange(num_frames + 1, device=device) * (num_patches - num_kept) // num_frames
-    return bounds.diff().unsqueeze(0)
+def areas(num_dropped: int | Tensor, more: Tensor) -> Tensor:
+    """How many patches the rectangle of each frame drops, (B, T): evenly, with one more in frames drawn by `more`."""
+    num_frames = more.shape[1]
+    first = (more[:, :1] * num_frames).long().clamp(max=num_frames - 1)
+    bounds = (torch.arange(num_frames + 1, device=more.device) * num_dropped + first) // num_frames
+    return bounds.diff(dim=1).clamp(min=0)

@@ -2,10 +2,12 @@
 Masking*, CVPR 2024)."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
 from torch.nn import functional as F
 
 from ..sampling.checks import check_anchors, check_noise
@@ -95,11 +97,17 @@ class ClusterPatchDropout(PatchDropout):
         order, noise = uniform((2, batch_size, num_patches), coords.device, generator)
         if valid is not None:
             order = order.masked_fill(~valid, -1.0)
-        anchors = order.topk(self.num_anchors(num_patches), sorted=False).indices  # (B, A)
+        anchors = order.topk(self.num_anchors(num_patches)).indices  # (B, A)
         likeness = cosines(pixels.flatten(2), anchors)  # (B, N, A)
-        if valid is not None:  # an image of fewer patches than anchors
-            likeness = likeness.masked_fill(~valid.gather(1, anchors).unsqueeze(1), -1.0)
-        most = likeness.amax(dim=2).scatter(1, anchors, 2.0 + self.noise)  # the anchors themselves go first
+        if valid is None:
+            most = likeness.amax(dim=2).scatter(1, anchors, 2.0 + self.noise)  # the anchors themselves go first
+        else:  # every image has anchors by its own real patches
+            num_real = valid.sum(1, keepdim=True)
+            own = num_real if isinstance(self.anchors, int) else (num_real * self.anchors).round().clamp(min=1)
+            surplus = (torch.arange(anchors.shape[1], device=coords.device) >= own) | ~valid.gather(1, anchors)
+            most = likeness.masked_fill(surplus.unsqueeze(1), -1.0).amax(dim=2)
+            first = most.gather(1, anchors).masked_fill(~surplus, 2.0 + self.noise)
+            most = most.scatter(1, anchors, first)
         return self.noise * noise - most
 
 
@@ -113,5 +121,6 @@ def cosines(vectors: Tensor, anchors: Tensor) -> Tensor:
     vectors = F.normalize(vectors, dim=2)
     chosen = vectors.take_along_dim(anchors.unsqueeze(2), dim=1)
     both_zero = zero.unsqueeze(2) & zero.gather(1, anchors).unsqueeze(1)
-    with torch.autocast(vectors.device.type, enabled=False):
+    device_type = vectors.device.type
+    with torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext():
         return (vectors @ chosen.mT).masked_fill(both_zero, 1.0)

@@ -17,13 +17,12 @@ class GridPatchDropout(PatchDropout):
     """Keep patches evenly over the image: the grid masks of MAE (arXiv 2111.06377, figure 6) and CLIPA (2305.07017).
 
     **Keeps** equally many patches of every cell of 2 x 2: at ratio .75 one of each, drawn at random for every image, at
-    .5 two. In general the patches of a cell are ranked at random, and all first ones are kept before any second one;
-    where K is no multiple of the number of cells, the cells that give one more are drawn at random. (MAE's grid keeps
-    the same patch of every cell and image.)
+    .5 two. In general a cell of m patches keeps m K / N of them, rounded up or down at random, so that every patch has
+    the chance K / N. (MAE's grid keeps the same patch of every cell and image.)
 
     **Pays** where the subject fills the frame and no part of it may be missed. It knows nothing of what images show.
 
-    **Costs** a draw and a sort within the cells, nothing that a step would feel.
+    **Costs** a few draws and sorts of a number per patch, nothing that a step would feel.
 
     Cells at the border of a grid with an odd side have fewer patches, whose chances are those of all others. In a video
     every frame has cells of its own.
@@ -31,8 +30,8 @@ class GridPatchDropout(PatchDropout):
     Arguments, modes and errors are those of `PatchDropout`, and:
 
     Args:
-        cell_size: side of a cell, in patches. At high ratios larger ones spread the patches further: at .918, where 2
-            keeps a patch in 16 of the 49 cells of a 14 x 14 grid, 4 keeps one in each of its 16.
+        cell_size: side of a cell, in patches. At high ratios larger ones spread the patches further: at .9375, where 2
+            keeps a patch in 16 of the 64 cells of a 16 x 16 grid, 4 keeps one in each of its 16.
 
     >>> drop = GridPatchDropout(0.75)
     >>> _ = drop(torch.zeros(1, 36, 384))
@@ -72,16 +71,20 @@ class GridPatchDropout(PatchDropout):
         *,
         grid_size: tuple[int, ...] | None,
         valid: Tensor | None,
+        num_kept: int | Tensor,
     ) -> Tensor:
         places, side = Places.of(coords, grid_size, valid), self.cell_size
         cells_high, cells_wide = ((length + side - 1) // side for length in (places.height, places.width))
         cell = (places.frame * cells_high + places.row // side) * cells_wide + places.column // side
-        slot = places.row % side * side + places.column % side  # (G, N)
-        # A random order of the slots of every cell. Cells of grids of their own are at most as many as patches.
-        num_cells = coords.shape[1]
-        if grid_size is not None and valid is None:
-            frames, height, width = (1, *grid_size)[-3:]
-            num_cells = frames * -(-height // side) * -(-width // side)
-        ranks = uniform((len(coords), num_cells, side * side), coords.device, generator).argsort(dim=2)
-        rank = ranks.flatten(1).gather(1, (cell * side * side + slot).expand(len(coords), -1))
-        return uniform_scores(coords, generator) - rank
+        batch_size, num_patches = coords.shape[:2]
+        # All patches in a row, cell by cell, both in a random order; then evenly K of the row, from a random start.
+        turn = uniform((batch_size, num_patches), coords.device, generator).argsort(dim=1)  # cells are no more
+        turn = turn.gather(1, cell.clamp(max=num_patches - 1).expand(batch_size, -1))
+        num_real: int | Tensor = num_patches
+        if valid is not None:
+            turn, num_real = turn.masked_fill(~valid, num_patches), valid.sum(1, keepdim=True).clamp(min=1)
+        by_chance = uniform_scores(coords, generator).argsort(dim=1)
+        in_row = by_chance.gather(1, turn.gather(1, by_chance).argsort(dim=1, stable=True))
+        start = (uniform((batch_size, 1), coords.device, generator) * num_real).long().clamp(max=num_patches - 1)
+        step = (torch.arange(num_patches, device=coords.device) * num_kept + start) % num_real
+        return torch.zeros_like(coords[..., 0]).scatter(1, in_row, (step < num_kept).to(torch.float32))

@@ -87,6 +87,8 @@ def _cut_by_grid(images: Tensor, grid_size: tuple[int, ...]) -> Tensor:
     if isinstance(images, Tensor) and images.ndim == len(grid_size) + 1:
         images = images.unsqueeze(0)
     check_images(images)
+    if len(images) == 0:
+        raise ValueError("images must hold one image at least, got none")
     sides = images.shape[2:]
     if len(sides) != len(grid_size) or any(side % count for side, count in zip(sides, grid_size, strict=True)):
         raise ValueError(
