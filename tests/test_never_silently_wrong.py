@@ -16,6 +16,7 @@ from hosts import (
     make_naflex,
     make_open_tower,
     make_timm,
+    result,
     several_sizes,
     videos,
     x_images,
@@ -339,7 +340,7 @@ def test_radio_packs_images_only_without_a_drop():
     patches, grids = torch.randn(24, 3 * 8 * 8), torch.tensor([[2, 6], [4, 3]])
     with pytest.raises(UnsupportedModelError, match="images of many sizes packed into one sequence"):
         model.embeddings(patches, grids)
-    assert model.embeddings.eval()(patches, grids).shape == (1, 24 + 2 * 5, 32)
+    assert model.eval().embeddings(patches, grids).shape == (1, 24 + 2 * 5, 32)
 
 
 # Videos
@@ -429,13 +430,57 @@ def test_a_model_that_calls_the_parts_of_a_vit(stage):
 
 @pytest.mark.parametrize("stage", ["tokens", "pixels"])
 def test_parts_of_a_vit_that_is_never_called_itself(stage):
-    """The second call shows it at the latest."""
-    x = x_images(2)["x"]
+    """Seen before its first block computes anything, in the first call as in every later one."""
+    x, computed = x_images(2)["x"], []
     model = CallsTheParts()
-    gaussmask.attach(model.vit, RandomPatchDropout(0.5), stage=stage)
+    drop = RandomPatchDropout(0.5)
+    gaussmask.attach(model.vit, drop, stage=stage)
+    model.vit.blocks[0].norm1.register_forward_hook(lambda *_: computed.append(1))
+    for _ in range(3):
+        with pytest.raises(UnsupportedModelError, match=PAST_THE_DROP):
+            model(x)
+    assert not computed
+    drop.eval()
     model(x)
-    with pytest.raises(UnsupportedModelError, match=PAST_THE_DROP):
-        model(x)
+    assert computed
+
+
+def encode_clip(model, inputs):
+    """As wrappers call the parts of a tower of transformers."""
+    tokens = model.embeddings(**inputs)
+    for layer in model.encoder.layers:
+        tokens = layer(tokens, attention_mask=None)
+    return tokens
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+def test_parts_of_a_tower_that_come_to_the_drop_may_be_called(stage):
+    """The drop of transformers is a hook on the embeddings, which such a call does not go past."""
+    host, drop = ALL["transformers-CLIPVisionModel"], RandomPatchDropout(0.5)
+    model = gaussmask.attach(host.build(), drop, stage=stage)
+    tower = model if hasattr(model, "embeddings") else model.vision_model
+    output = encode_clip(tower, host.inputs(2))
+    assert (output if torch.is_tensor(output) else output[0]).shape == (2, 19, 32)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_tower_has_a_first_block_that_is_watched(name):
+    host, drop = ALL[name], RandomPatchDropout(0.5)
+    model = gaussmask.attach(host.build(), drop)
+    (seam,) = (module for module in model.modules() if hasattr(module, "guard"))
+    watched = [
+        module
+        for module in model.modules()
+        if any(
+            getattr(hook, "__func__", None) is type(seam.guard).before_block
+            for hook in module._forward_pre_hooks.values()
+        )
+    ]
+    assert len(watched) == 1
+    calls = []
+    watched[0].register_forward_pre_hook(lambda *_: calls.append(drop.keep_indices is not None))
+    result(host, model, host.inputs(2))
+    assert calls[0], "it runs behind the drop"
 
 
 def test_a_subclass_whose_forward_has_no_patch_dropout():
@@ -477,6 +522,150 @@ def test_tokens_that_a_subclass_adds_in_front():
     gaussmask.attach(model, drop)
     model(x)
     assert drop.keep_indices.shape == (2, 18)
+
+
+# Parts that are replaced or frozen after attach
+
+
+def new_conv(module, name):
+    old = getattr(module, name)
+    setattr(module, name, torch.nn.Conv2d(12, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None))
+
+
+def replace_embeddings(model):
+    model.embeddings = type(model.embeddings)(model.config)
+
+
+REPLACED = {
+    "timm projection": ("timm-vit", lambda model: new_conv(model.patch_embed, "proj"), 12),
+    "timm patch_embed": (
+        "timm-vit", lambda model: setattr(model, "patch_embed", timm.layers.PatchEmbed(48, 8, 12, 32)), 12),
+    "transformers projection": (
+        "transformers-ViTModel", lambda model: new_conv(model.embeddings.patch_embeddings, "projection"), 3),
+    "transformers embeddings": ("transformers-ViTModel", replace_embeddings, 3),
+    "open_clip projection": ("open_clip-tower", lambda model: new_conv(model, "conv1"), 12),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_what_is_replaced_after_attach_works_or_says_attach_again(case):
+    name, change, channels = REPLACED[case]
+    model, drop = ALL[name].build(), RandomPatchDropout(0.5)
+    gaussmask.attach(model, drop)
+    change(model)
+    if case == "transformers projection":
+        model.embeddings.patch_embeddings.num_channels = channels = 12
+    x = torch.randn(2, channels, 48, 48)
+    try:
+        model(x)
+        assert drop.keep_indices.shape == (2, 18)
+    except UnsupportedModelError as error:
+        assert "attach again" in str(error)  # noqa: PT017  # either will do
+        gaussmask.attach(model, drop)(x)
+        assert drop.keep_indices.shape == (2, 18)
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("timm-vit", "patch_embed"), ("transformers-ViTModel", "embeddings"),
+     ("transformers-CLIPVisionModel", "embeddings"), ("open_clip-tower", "conv1")],
+)  # fmt: skip
+def test_frozen_embeddings_in_eval_mode_do_not_stop_the_drop(name, path, stage):
+    """The mode is that of the tower, in every library."""
+    host, drop = ALL[name], RandomPatchDropout(0.5)
+    model = gaussmask.attach(host.build(), drop, stage=stage)
+    part = dict(model.named_modules()).get(path) or model.get_submodule(f"vision_model.{path}")
+    part.requires_grad_(False).eval()
+    result(host, model, host.inputs(2))
+    assert drop.keep_indices.shape == (2, 18)
+    result(host, model.eval(), host.inputs(2))
+    assert drop.keep_indices is None
+
+
+# Arguments that presuppose the number or the order of the tokens
+
+
+CAUSAL = ["timm-vit", "timm-eva02", "timm-eva-dinov3", "timm-map-with-prefix", "transformers-ViTModel",
+          "transformers-CLIPVisionModel", "transformers-DINOv3ViTModel"]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causal_attention_needs_the_patches_in_their_order(name, stage):
+    host, drop = ALL[name], RandomPatchDropout(0.5)
+    model, inputs = gaussmask.attach(host.build(), drop, stage=stage), host.inputs(2)
+    with pytest.raises(UnsupportedModelError, match=r"called with is_causal.*set drop\.ordered = True"):
+        model(**inputs, is_causal=True)
+    drop.ordered = True
+    model(**inputs, is_causal=True)
+    drop.ordered = False
+    model(**inputs, is_causal=False)
+    model.eval()(**inputs, is_causal=True)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_mask_over_all_tokens_does_not_follow(name):
+    """By keyword, and in timm also where forward is gone round."""
+    host, drop = ALL[name], RandomPatchDropout(0.5)
+    model, inputs = gaussmask.attach(host.build(), drop), host.inputs(2)
+    length = host.prefix + 36
+    mask = torch.ones(2, 1, length, length, dtype=torch.bool)
+    argument = "attn_mask" if name.startswith("timm") else "attention_mask"
+    refused = pytest.raises(UnsupportedModelError, match=f"called with an {argument} over all its tokens")
+    with refused:
+        model(**inputs, **{argument: mask})
+    if name.startswith("timm"):
+        with refused:
+            model.forward_features(**inputs, attn_mask=mask)
+        with refused:
+            model.forward_features(inputs["x"], mask)
+    drop.mask_ratio = 0.0
+    if "map" not in name:
+        model.forward_features(**inputs, attn_mask=mask) if argument == "attn_mask" else model(**inputs)
+
+
+# Replicas
+
+
+def replica_of(module):
+    """What nn.DataParallel makes of a model for one of its devices."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        if child is not None:
+            replica._modules[name] = replica_of(child)
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, parameter.detach())
+    return replica
+
+
+@pytest.mark.parametrize(
+    "name", ["timm-vit", "transformers-DINOv3ViTModel", "transformers-CLIPModel", "open_clip-CLIP"]
+)
+def test_replicas_of_data_parallel_raise_in_the_first_forward(name):
+    host = ALL[name]
+    model, inputs = gaussmask.attach(host.build(), RandomPatchDropout(0.5)), host.inputs(2)
+    replica = replica_of(model)
+    with pytest.raises(UnsupportedModelError, match=r"replica of torch\.nn\.DataParallel.*DistributedDataParallel"):
+        replica(**inputs)
+    result(host, model, inputs)
+    with torch.no_grad():
+        result(host, replica_of(model.eval()), inputs)
+
+
+# What wrappers keep in their attributes
+
+
+@pytest.mark.parametrize("config", [{"backbone": "vit"}, "base", ["a"], 3, None, True], ids=repr)
+def test_a_wrapper_may_call_anything_its_config(config):
+    wrapper = torch.nn.Sequential(make_timm())
+    wrapper.config = config
+    assert gaussmask.describe(wrapper).supported
+    gaussmask.attach(wrapper, RandomPatchDropout(0.5))(x_images(2)["x"])
+    assert gaussmask.attached(wrapper).keep_indices.shape == (2, 18)
 
 
 def test_a_timm_that_is_too_old(monkeypatch):

@@ -108,14 +108,16 @@ def reason_against_owner(names: list[str], config: Any) -> str | None:
     """Why a host must not be masked inside a module of these `library.Class` names, or None."""
     class_names = [name.removeprefix("transformers.") for name in names if name.startswith("transformers.")]
     class_names = [name for name in class_names if not name.endswith(("Mixin", "PreTrainedModel"))]
+    if not class_names:  # a wrapper of the user's own, whose `config` may be anything
+        return None
     for class_name in class_names:
         for pattern, why in REFUSED_OWNERS.items():
             if re.fullmatch(rf"({pattern})\w*", class_name):
                 return why
-    if "VideoMAEForVideoClassification" in class_names and not config.use_mean_pooling:
+    if "VideoMAEForVideoClassification" in class_names and not getattr(config, "use_mean_pooling", True):
         return "its head reads the first patch, which may be dropped: set config.use_mean_pooling=True"
-    settings = {} if config is None else vars(config)
+    settings = getattr(config, "__dict__", {})
     has_image_tokens = any(value is not None and re.fullmatch(IMAGE_TOKENS, name) for name, value in settings.items())
-    if class_names and has_image_tokens and not any(re.fullmatch(RESAMPLED, name) for name in class_names):
+    if has_image_tokens and not any(re.fullmatch(RESAMPLED, name) for name in class_names):
         return PLACEHOLDERS
     return None

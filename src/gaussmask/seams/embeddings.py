@@ -23,6 +23,9 @@ class HookSeam(Seam):
     pixels_by_default: ClassVar[type[PixelStage] | str] = PixelStage
     prefix_is_in_tokens = True
 
+    def seat(self, place: Place) -> nn.Module:
+        return place.tower  # embeddings that are frozen, in eval mode, are still those of a tower that trains
+
     def how(self, place: Place) -> str:
         return f"forward hook on {place.at(place.host.tokens)}"
 
@@ -36,16 +39,14 @@ class HookSeam(Seam):
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Forward pre-hook of the tower: what the last forward drew is not this one's."""
         self.begin_draw()
+        self.arguments.check(kwargs)
         if self.drop.active and self.attention_mask is not None:
             self.take_mask(self.attention_mask.read(args, kwargs))
 
     def take_mask(self, attention_mask: Tensor | None) -> None:
         """An attention mask of the user's own, over all tokens."""
         if attention_mask is not None:
-            raise UnsupportedModelError(
-                f"{self.host_name} was called with an attention_mask over all its tokens, which does not follow the "
-                "drop: leave it out, or turn the drop off (drop.eval())"
-            )
+            self.arguments.refuse("attention_mask")
 
     def after_tokens(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         tokens, *rest = output if isinstance(output, tuple) else (output,)

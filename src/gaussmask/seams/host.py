@@ -81,6 +81,20 @@ class Place(NamedTuple):
         return self.owners[-1] if self.is_embedding else self.module
 
     @property
+    def outermost(self) -> nn.Module:
+        """The model that attach was called with."""
+        return self.owners[0] if self.owners else self.module
+
+    def first_block(self) -> nn.Module | None:
+        """The first block of the tower, or None where there is no list of blocks outside of its embeddings."""
+        embeddings = self.module if self.is_embedding else self.module.get_submodule(self.host.patch_embedding)
+        within = set(embeddings.modules())
+        for module in self.tower.modules():
+            if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0 and module not in within:
+                return module[0]
+        return None
+
+    @property
     def name(self) -> str:
         """The class that a user knows."""
         return type(self.tower).__name__
@@ -102,5 +116,8 @@ class Place(NamedTuple):
 
     def within(self, class_name: str) -> list[nn.Module]:
         """The modules of a class, in the whole model."""
-        root = self.owners[0] if self.owners else self.module
-        return [module for module in root.modules() if class_name in (cls.__name__ for cls in type(module).__mro__)]
+        return [
+            module
+            for module in self.outermost.modules()
+            if class_name in (cls.__name__ for cls in type(module).__mro__)
+        ]

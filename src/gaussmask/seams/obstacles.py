@@ -27,7 +27,7 @@ def obstacle_in_projection(projection: nn.Module, *, expected: nn.Module) -> str
     if kind.__name__.startswith("FSDP"):
         return "its projection is sharded by itself: shard it together with the model around it"
     if kind not in PROJECTIONS:
-        return f"its projection is a {kind.__name__}, and no plain Conv2d, Conv3d or Linear"
+        return f"its projection is a {kind.__module__}.{kind.__name__}, and no plain Conv2d, Conv3d or Linear of torch"
     if projection is not expected:
         return "its projection was replaced after attach: attach again"
     if "forward" in vars(projection) or any(foreign_hooks(projection)):
@@ -55,7 +55,8 @@ def obstacle_on_the_way(host: nn.Module, paths: Sequence[str], projection: nn.Mo
     """In the modules of the host, at `paths` and below, from the image to the tokens."""
     for path in paths:
         for name, module in host.get_submodule(path).named_modules(prefix=path):
-            if is_foreign(module, "forward"):
+            composite = any(module.children())
+            if "forward" in vars(module) or (composite and is_foreign(module, "forward")):
                 return f"the forward of its {type(module).__name__} is not the one of its library"
             if any(foreign_hooks(module)):
                 return (
@@ -70,7 +71,7 @@ def obstacle_on_the_way(host: nn.Module, paths: Sequence[str], projection: nn.Mo
                     )
             elif not (
                 module is projection
-                or any(module.children())
+                or composite
                 or isinstance(module, PatchDropout)
                 or type(module).__name__ in HARMLESS
             ):

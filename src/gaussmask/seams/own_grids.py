@@ -40,6 +40,7 @@ class FlattenedPatchesSeam(HookSeam):
     """Flattened patches (B, N, 2 + pixels), each with its row and column in front; padding is all zeros."""
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = OWN_POSITIONS
+    masks_refused = ("attn_mask",)
     given_mask: Tensor | None = None
 
     def flat_patches(self, place: Place) -> Flat | None:
@@ -73,6 +74,7 @@ class MaskFromOutsideSeam(HookSeam):
     """
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = OneShape
+    masks_refused = ("attn_mask",)
 
     def flat_patches(self, place: Place) -> Flat:
         return Flat((cast("Any", place.module).patch_size,) * 2, channels_last=True)
@@ -92,7 +94,8 @@ class MaskFromOutsideSeam(HookSeam):
                 self.changes.hook(owner.register_forward_pre_hook(MaskGate(self, owner, mask), with_kwargs=True))
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Nothing: a forward begins at the gate."""
+        """A forward begins at the gate."""
+        self.arguments.check(kwargs)
 
     def draw_patches(self, images: Tensor, shapes: Tensor, valid: Tensor) -> Tensor:
         """The kept patches, drawn before the embeddings; `images` are flattened patches (B, N, numbers)."""
@@ -223,6 +226,7 @@ class PackedSeam(Seam):
         self.changes.hook(transformer.register_forward_pre_hook(self.before_transformer, with_kwargs=True))
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        self.arguments.check(kwargs)
         sizes = self.image_sizes.read(args, kwargs)
         sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
         patch = cast("Any", module).patch_size

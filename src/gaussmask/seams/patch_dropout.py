@@ -26,6 +26,7 @@ class TimmSeam(Seam):
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = FromPatchEmbedAndDropout
     projection_below = "proj"
+    blocks_take_arguments = True
 
     def check(self, place: Place) -> None:
         if not hasattr(place.module.get_submodule("patch_embed"), "dynamic_feat_size"):

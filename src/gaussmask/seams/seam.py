@@ -21,7 +21,7 @@ from ..drops.base import PatchDropout
 from ..sampling.tokens import take_drawn_tokens
 from .call import Draw
 from .changes import Changes
-from .guards import MustReachDrop, NoDenseMaps
+from .guards import MustReachDrop, NoDenseMaps, TokenArguments
 from .host import Place
 from .patches import CaughtPatches, Flat, why_not_cut
 from .pixels import PixelStage
@@ -39,6 +39,8 @@ class Seam(nn.Module):
 
     pixels_by_default: ClassVar[type[PixelStage] | str]  # how, or why not, where the row of a family says nothing
     projection_below: ClassVar[str] = ""  # path of the projection, below the patch embedding
+    masks_refused: ClassVar[tuple[str, ...]] = ("attn_mask", "attention_mask")  # arguments that do not follow the drop
+    blocks_take_arguments: ClassVar[bool] = False  # whether the tower hands these on to its blocks under their names
 
     def __init__(self, drop: PatchDropout, place: Place, stage: str = "tokens") -> None:
         super().__init__()
@@ -50,6 +52,7 @@ class Seam(nn.Module):
         self.replaced: nn.Module | None = None  # the host's own patch dropout, which goes on following its mode
         self.changes: Changes = Changes()
         self.guard: MustReachDrop = MustReachDrop(drop, place.name)
+        self.arguments: TokenArguments = TokenArguments(drop, place.name, self.masks_refused)
         self.grid_size: tuple[int, ...] | None = None  # of the forward that is running
         self.draw: Draw = self.new_draw()  # the latest
         self.begun: Draw | None = None  # one that is handed on before it is drawn
@@ -136,17 +139,25 @@ class Seam(nn.Module):
 
     # Installation
 
+    def seat(self, place: Place) -> nn.Module:
+        """The module that the seam sits in, and whose mode the drop follows."""
+        return place.module
+
     def install(self, place: Place) -> None:
         """Sit down in the host and watch the module that shows the grid."""
         module, host, changes = place.module, place.host, self.changes
         self.drop._seam = weakref.ref(self)
-        self.replaced = changes.put(module, host.patch_dropout, self)
+        self.replaced = changes.put(self.seat(place), host.patch_dropout, self)
         if self.pixels is not None:
             changes.hook(*self.pixels.install())
         if self.caught is not None:
             changes.hook(*self.caught.install())
         patch_embedding = module.get_submodule(host.patch_embedding)
         changes.hook(self.watch(patch_embedding), *self.guard.watch_embedding(patch_embedding))
+        if (block := place.first_block()) is not None:
+            changes.hook(*self.guard.watch_block(block))
+            if self.blocks_take_arguments:
+                changes.hook(block.register_forward_pre_hook(self.arguments.before_block, with_kwargs=True))
         for class_name, follower in host.followers.items():
             for part in place.within(class_name):
                 changes.hook(*follower(self, part).install())
@@ -155,7 +166,7 @@ class Seam(nn.Module):
 
     def watch_forward(self, place: Place) -> None:
         """Raise when a forward ends without the drop: the last to be installed."""
-        self.changes.hook(*self.guard.watch_forward(*place.owners[:1], place.tower))
+        self.changes.hook(*self.guard.watch_forward(place.outermost, place.tower))
 
     def remove(self) -> None:
         """Leave the host as `install` found it."""
@@ -221,8 +232,8 @@ class Seam(nn.Module):
     def known_grid(self, watched: tuple[int, ...] | None) -> tuple[int, ...]:
         if watched is None:
             raise UnsupportedModelError(
-                f"{self.host_name} reached its patch dropout without its patch embedding, so the grid is unknown: "
-                "call the model's forward, or detach first"
+                f"{self.host_name} reached its patch dropout without the patch embedding that it had at attach, so the "
+                "grid is unknown: if it was replaced, attach again; otherwise call the model's forward, or detach first"
             )
         return watched
 
