@@ -106,6 +106,40 @@ def test_eval_is_bit_identical_and_the_modes_reach_the_drop(host, attach):
     assert gaussmask.attached(attach(host.build(), RandomPatchDropout(0.5))).training
 
 
+def test_a_model_in_eval_mode_is_told_to_be_idle():
+    """By a warning at attach, by the drop's own words, and by describe."""
+    model, drop = make_timm().eval(), GaussianPatchDropout(0.5)
+    assert "attached" not in repr(drop)
+    with pytest.warns(
+        UserWarning, match=r"VisionTransformer is in eval mode.*GaussianPatchDropout is idle.*model\.train"
+    ):
+        gaussmask.attach(model, drop)
+    assert "attached to VisionTransformer at stage 'tokens', idle in eval mode" in repr(drop)
+    assert "eval: nothing is dropped until model.train()" in str(gaussmask.describe(model))
+    model.train()
+    assert repr(drop).endswith(") attached to VisionTransformer at stage 'tokens'")
+    assert "mode" not in str(gaussmask.describe(model))
+    assert "attached" not in repr(copy.deepcopy(drop))
+    gaussmask.attach(model, drop, stage="pixels")
+    assert "at stage 'pixels'" in repr(drop)
+    gaussmask.detach(model)
+    assert "attached" not in repr(drop)
+
+
+def test_a_drop_without_scores_is_refused():
+    with pytest.raises(TypeError, match=r"PatchDropout has no scores: define scores\(self, coords"):
+        gaussmask.attach(make_timm(), gaussmask.PatchDropout(0.5))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_model_and_a_tuple_are_named():
+    scripted = nn.Sequential(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)))
+    with pytest.raises(UnsupportedModelError, match=r"is a scripted, traced or exported model.*that it was made of"):
+        gaussmask.attach(scripted, RandomPatchDropout(0.5))
+    with pytest.raises(TypeError, match=r"got tuple: pass the model alone \(open_clip\.create_model_and_transforms"):
+        gaussmask.attach((make_timm(), None, None), RandomPatchDropout(0.5))
+
+
 def test_the_drop_has_a_mode_of_its_own(host, attach):
     model, inputs, drop = host.build(), host.inputs(2), RandomPatchDropout(0.5)
     attach(model, drop)

@@ -148,6 +148,48 @@ def test_a_rule_on_coordinates_says_so_where_there_is_no_grid(make):
         make(0.5)(torch.zeros(2, 17, 4))
 
 
+def test_a_sigma_in_pixels_or_degrees_warns():
+    with pytest.warns(UserWarning, match=r"sigma=50 is the variance of a Gaussian on the square \[-1, 1\]\^2"):
+        drop = GaussianPatchDropout(0.5, sigma=50)
+    assert drop.sigma == 50
+    with pytest.warns(UserWarning, match="no number of pixels or degrees"):
+        drop.sigma = 20
+    drop.sigma = 8.0
+
+
+@every_drop
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("ratio", "mask_ratio"), ("p", "mask_ratio"), ("prob", "mask_ratio"), ("mask_raito", "mask_ratio"),
+     ("order", "ordered"), ("grid", None), ("num_prefix_token", "num_prefix_tokens"), ("gridsize", "grid_size")],
+)  # fmt: skip
+def test_a_misspelled_attribute_raises_with_the_nearest_name(make, name, meant):
+    """A name that can be meant for none is left alone: torch's tools put theirs on every module."""
+    drop = make(0.5)
+    if meant is None:
+        setattr(drop, name, 0)
+        return
+    with pytest.raises(AttributeError, match=f"has no attribute '{name}'.*did you mean '{meant}'"):
+        setattr(drop, name, 0)
+    drop.qconfig = drop._hf_hook = None
+    assert drop.mask_ratio == 0.5
+
+
+def test_a_subclass_may_hold_what_it_likes():
+    drop = NearestPatches(0.5)
+    drop.ratio = drop.p = 0.1
+    assert drop.mask_ratio == 0.5
+    with pytest.raises(AttributeError, match="it has no 'sigma' either"):
+        RandomPatchDropout(0.5).std = 0.1
+
+
+def test_images_and_tensors_get_a_way_out():
+    with pytest.raises(ValueError, match=r"\(2, 3, 48, 48\)\. Images go into a model, which gaussmask\.attach"):
+        RandomPatchDropout(0.5)(torch.zeros(2, 3, 48, 48))
+    with pytest.raises(TypeError, match=r"mask_ratio must be a number.*pass value\.item\(\)"):
+        RandomPatchDropout(torch.tensor(0.5))
+
+
 def test_repr_tells_the_variance_and_the_true_standard_deviation():
     text = repr(GaussianPatchDropout(0.5, sigma=0.2, num_prefix_tokens=1, center=(0.1, 0.0)))
     assert all(part in text for part in ("mask_ratio=0.5", "sigma=0.2", "0.447", "variance", "additive", "(0.1, 0.0)"))
@@ -263,6 +305,7 @@ def test_module_draws_by_keep_probability(make):
     assert ((drop.keep_mask.float().mean(0) - chance).abs() <= 5 * (chance * (1 - chance) / 8000).sqrt() + 1e-3).all()
 
 
+@pytest.mark.filterwarnings("ignore:sigma=1e.06 is the variance")
 @pytest.mark.parametrize("sampling", ["additive", "weighted"])
 def test_wide_gaussian_is_random_patch_dropout(sampling):
     """The same seed gives frequencies within 5 standard errors of the uniform ones."""

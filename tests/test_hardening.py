@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gaussmask import GaussianPatchDropout, PatchDropout, RandomPatchDropout, attach, functional, keep_probability
 
+pytestmark = pytest.mark.filterwarnings("ignore:sigma=.* is the variance")
+
 # torch's own, where it sets up forward-mode differentiation
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 

@@ -1,5 +1,6 @@
 """Attach a drop to a model, find it again, and take it off."""
 
+import warnings
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -32,7 +33,7 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
     """Let the vision tower of `model` drop patches, in place.
 
     The class, config, state_dict and forward signature of the model do not change. The drop takes the tower's current
-    mode (training or eval) and follows `model.train()` and `model.eval()` from then on. Attaching again replaces.
+    mode, training or eval, and follows `model.train()` and `model.eval()` from then on. Attaching again replaces.
     Attach before `torch.compile`; deep copies and pickles of the model carry a drop of their own (`attached`).
     `gaussmask.describe(model)` tells beforehand what this will do.
 
@@ -47,6 +48,10 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
 
     Returns:
         `model`.
+
+    Warns:
+        UserWarning: where the tower is in eval mode, as `from_pretrained` returns it: nothing is dropped until
+            `model.train()`.
 
     Raises:
         UnsupportedModelError: for a model that cannot be masked, or not at this `stage`, with the reason. Also by a
@@ -78,7 +83,14 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
     except UnsupportedModelError:  # a host of another version than those that are known
         seam.remove()
         raise
-    seam.train(place.module.training)
+    tower = seam.seat(place)
+    seam.train(tower.training)
+    if not tower.training:
+        warnings.warn(
+            f"{place.name} is in eval mode, as from_pretrained returns a model, so that {type(drop).__name__} is idle: "
+            "nothing is dropped until model.train() (or drop.train(), for masked inference)",
+            stacklevel=2,
+        )
     return model
 
 
@@ -114,13 +126,21 @@ def attached(model: nn.Module) -> PatchDropout | None:
 
 def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {_what(model)}")
+        way_out = ""
+        if isinstance(model, tuple) and any(isinstance(part, nn.Module) for part in model):
+            way_out = ": pass the model alone (open_clip.create_model_and_transforms returns its transforms too)"
+        raise TypeError(f"model must be a torch.nn.Module, got {_what(model)}{way_out}")
     if isinstance(model, PatchDropout):
         raise TypeError(f"model must be the model that carries the drop, got the {type(model).__name__} itself")
 
 
 def check_rule(drop: PatchDropout) -> None:
-    """Raise where a subclass writes more than its scores: an attached model asks `draw` of the base class."""
+    """Raise where a subclass writes no scores, or more than them: an attached model asks `draw` of the base class."""
+    if type(drop).scores is PatchDropout.scores and "scores" not in vars(drop):
+        raise TypeError(
+            f"{type(drop).__name__} has no scores: define scores(self, coords, generator=None) -> (B, N), or take one "
+            "of the ready-made drops"
+        )
     for name in ("forward", "draw"):
         if name in vars(drop) or getattr(type(drop), name) is not getattr(PatchDropout, name):
             raise TypeError(

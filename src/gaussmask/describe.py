@@ -32,6 +32,7 @@ class Description:
         pixels_reason: why `attach(..., stage="pixels")` would raise, None if it would not.
         pixels_only: which calls can drop pixels, "" for all.
         note: what else to know about this family.
+        idle: whether the model is in eval mode, in which a drop does nothing.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Description:
     pixels_reason: str | None = None
     pixels_only: str = ""
     note: str = ""
+    idle: bool = False
 
     @property
     def supported(self) -> bool:
@@ -75,6 +77,7 @@ class Description:
             if self.pixels_reason is None
             else f"no: {self.pixels_reason}",
             "note": self.note,
+            "mode": "eval: nothing is dropped until model.train()" if self.idle else "",
         }
         return "\n".join([f"{self.model}:", *(f"  {name:<13} {text}".rstrip() for name, text in rows.items() if text)])
 
@@ -110,4 +113,5 @@ def describe(model: nn.Module) -> Description:
         pixels_reason=pixels if isinstance(pixels, str) else pixels.obstacle(),
         pixels_only="" if isinstance(pixels, str) else pixels.only,
         note=place.host.note,
+        idle=not seam.seat(place).training,
     )

@@ -20,6 +20,7 @@ from ..sampling.checks import (
     check_prefix_count,
     check_tokens,
     is_square,
+    refuse_misspelling,
     square_grid_size,
 )
 from ..sampling.frequency import keep_frequency
@@ -27,6 +28,8 @@ from ..sampling.grids import Packing, patch_coordinates
 from ..sampling.tokens import take_drawn_tokens
 from ..sampling.top import num_kept_patches, top_packed_patches, top_patches
 from .asking import Facts, names_asked_for, scores_of
+
+OURS = __name__.partition(".")[0]
 
 
 class PatchDropout(nn.Module):
@@ -71,6 +74,7 @@ class PatchDropout(nn.Module):
     }
     asks_for: ClassVar[frozenset[str]] = frozenset()
     needs_grid: ClassVar[bool] = True
+    _is_ready_made: ClassVar[bool] = False
     _exact_probability: ClassVar[Callable[[Any, tuple[int, ...]], Tensor] | None] = None  # (drop, grid) to the chances
 
     mask_ratio: float
@@ -102,13 +106,18 @@ class PatchDropout(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.asks_for = names_asked_for(cls)
+        cls._is_ready_made = cls.__module__.startswith(f"{OURS}.")
         author = next(base for base in cls.__mro__ if "scores" in vars(base))  # of the scores: a mixin perhaps
         cls.needs_grid = vars(cls).get("needs_grid", vars(author).get("needs_grid", True))
         cls._exact_probability = vars(cls).get("_exact_probability", vars(author).get("_exact_probability"))
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = self._checks.get(name)
-        super().__setattr__(name, value if check is None else check(value))
+        if check is not None:
+            value = check(value)
+        elif name not in self.__dict__ and self._is_ready_made and not hasattr(type(self), name):
+            refuse_misspelling(type(self).__name__, name, self._checks)
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         # The latest draw, and the seat in a host, belong to this very object and not to its copies.
@@ -121,6 +130,14 @@ class PatchDropout(nn.Module):
         if self.grid_size is not None:
             parts.append(f"grid_size={self.grid_size}")
         return ", ".join(parts + ["ordered=True"] * self.ordered + ["tube=True"] * self.tube)
+
+    def __repr__(self) -> str:
+        seam: Any = None if self._seam is None else self._seam()
+        if seam is None:
+            return super().__repr__()
+        stage = "tokens" if seam.pixels is None else "pixels"
+        idle = "" if self.training else ", idle in eval mode"
+        return f"{super().__repr__()} attached to {seam.host_name} at stage {stage!r}{idle}"
 
     # The rule
 
@@ -178,7 +195,7 @@ class PatchDropout(nn.Module):
         images: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The chance that each patch is kept: exact for random and Gaussian masks, by drawing for all others.
+        """The chance that each patch is kept: exact for random, Gaussian and grid masks, by drawing for all others.
 
         Args:
             grid_size: (H, W), or (T, H, W) of a video.

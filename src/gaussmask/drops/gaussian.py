@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..sampling.checks import check_center, check_sampling, check_sigma
+from ..sampling.checks import check_center, check_drop_sigma, check_sampling
 from ..sampling.probability import probability_on
 from ..sampling.scores import gaussian_scores
 from .base import PatchDropout
@@ -35,7 +35,7 @@ class GaussianPatchDropout(PatchDropout):
 
     _checks: ClassVar[dict[str, Callable[[Any], Any]]] = {
         **PatchDropout._checks,
-        "sigma": check_sigma,
+        "sigma": check_drop_sigma,
         "center": check_center,
         "sampling": check_sampling,
     }

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..sampling.checks import check_count
 from ..sampling.grids import Places
+from ..sampling.probability import probability_on
 from ..sampling.scores import uniform, uniform_scores
 from .base import PatchDropout
 
@@ -63,6 +64,9 @@ class GridPatchDropout(PatchDropout):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, cell_size={self.cell_size}"
+
+    def _exact_probability(self, grid_size: tuple[int, ...]) -> Tensor:
+        return probability_on(grid_size, self.mask_ratio, None, (0.0, 0.0), "additive")  # as of random masks
 
     def scores(  # type: ignore[override]  # asks for more, by name
         self,

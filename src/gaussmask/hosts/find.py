@@ -6,6 +6,7 @@ and classes made on the fly (FSDP2) count.
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from ..seams.host import Host, Place
@@ -50,6 +51,11 @@ def find_host(model: nn.Module) -> Place:
         )
     if not places:
         for module in model.modules():
+            if isinstance(module, (torch.jit.ScriptModule, torch.fx.GraphModule)):
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} is a scripted, traced or exported model, which no drop can be put into: "
+                    "attach to the model that it was made of"
+                )
             if why := reason_against(names(module)):
                 raise UnsupportedModelError(f"{type(module).__name__} cannot be masked: {why}")
         raise UnsupportedModelError(

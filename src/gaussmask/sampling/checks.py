@@ -1,8 +1,10 @@
 """What a bad argument gets: an exception that names the argument, the value and the way out."""
 
+import difflib
 import math
 import operator
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import cast
 
@@ -10,11 +12,35 @@ import torch
 from torch import Tensor
 
 SAMPLINGS = ("additive", "weighted")
+WIDEST = 10.0  # at which the density at a corner is .9 of that at the centre
+
+# What other libraries call the settings of a drop.
+ALIASES = {
+    **dict.fromkeys(
+        ("p", "prob", "rate", "ratio", "drop_prob", "drop_rate", "drop_ratio", "keep_rate", "keep_ratio", "mask_prob",
+         "mask_rate"),
+        "mask_ratio",
+    ),
+    **dict.fromkeys(("std", "var", "variance"), "sigma"),
+}  # fmt: skip
+
+
+def refuse_misspelling(class_name: str, name: str, settings: Iterable[str]) -> None:
+    """Raise AttributeError for a name that can only be meant for one of the `settings`."""
+    settings = list(settings)
+    nearest = [ALIASES[name]] if name in ALIASES else difflib.get_close_matches(name, settings, n=1, cutoff=0.75)
+    if nearest:
+        meant = f"did you mean {nearest[0]!r}" if nearest[0] in settings else f"it has no {nearest[0]!r} either"
+        raise AttributeError(
+            f"{class_name} has no attribute {name!r}, and would go on as it was: {meant}? (It has "
+            f"{', '.join(settings)}; a subclass may hold what it likes.)"
+        )
 
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+        way_out = ": pass value.item()" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}{way_out}")
     return float(value)
 
 
@@ -33,6 +59,18 @@ def check_sigma(sigma: object) -> float:
         raise ValueError(
             f"sigma must be positive and finite, got {sigma!r}: it is the variance of the Gaussian, "
             "and RandomPatchDropout is its limit for large values"
+        )
+    return variance
+
+
+def check_drop_sigma(sigma: object) -> float:
+    """A variance beyond the image can only be meant in pixels or degrees."""
+    variance = check_sigma(sigma)
+    if variance > WIDEST:
+        warnings.warn(
+            f"sigma={variance:g} is the variance of a Gaussian on the square [-1, 1]^2, in which no patch differs from "
+            "another: it is no number of pixels or degrees. RandomPatchDropout is the limit of large values",
+            stacklevel=5,  # who makes the drop
         )
     return variance
 
@@ -128,7 +166,8 @@ def check_tokens(x: object, num_prefix_tokens: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor of tokens, got {type(x).__name__}")
     if x.ndim != 3:
-        raise ValueError(f"x must have shape (batch, tokens, width), got {tuple(x.shape)}")
+        images = ". Images go into a model, which gaussmask.attach(model, drop) lets drop patches" * (x.ndim == 4)
+        raise ValueError(f"x must have shape (batch, tokens, width), got {tuple(x.shape)}{images}")
     if x.shape[1] <= num_prefix_tokens:
         raise ValueError(
             f"x of shape {tuple(x.shape)} holds no patch behind its num_prefix_tokens={num_prefix_tokens} prefix tokens"
