@@ -219,6 +219,78 @@ def test_copies_carry_a_drop_of_their_own(host, attach, duplicate):
     assert keeps(own, host, 3, 0.25)
 
 
+COPIED = [*COMPILED_WITH_PIXELS, "timm-beit", "transformers-DINOv3ViTModel", "transformers-Siglip2VisionModel-padded"]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_torch_save])
+@staged(COPIED)
+def test_parts_copy_again_and_again(name, stage, duplicate):
+    """A copy of any part, of its copy, and so on, also when the whole is gone; and the copy of a whole still masks."""
+    host = ALL[name]
+    model = gaussmask.attach(host.build(), RandomPatchDropout(0.5), stage=stage)
+    model(**host.inputs(2))
+    path = gaussmask.describe(model).path
+    for part in sorted({path, path.rpartition(".")[0]} | {child for child, _ in model.named_children()}):
+        twin = duplicate(duplicate(duplicate(model.get_submodule(part))))
+        assert list(twin.state_dict()) == list(model.get_submodule(part).state_dict())
+    twin = duplicate(duplicate(duplicate(model)))
+    twin(**host.inputs(2))
+    assert keeps(gaussmask.attached(twin), host, 2, 0.5)
+    gaussmask.detach(twin)
+    assert gaussmask.attached(twin) is None
+    assert not any("gaussmask" in type(module).__module__ for module in twin.modules())
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+def test_the_copy_of_a_tower_out_of_a_whole_model_masks_by_itself(stage):
+    """As an EMA of the image tower, or its export."""
+    model, drop = ALL["open_clip-CLIP"].build(), RandomPatchDropout(0.5)
+    gaussmask.attach(model, drop, stage=stage)
+    twin = copy.deepcopy(copy.deepcopy(model.visual))
+    own, x = gaussmask.attached(twin), x_images(2)["x"]
+    twin(x)
+    assert own is not drop
+    assert own.keep_indices.shape == (2, 18)
+    assert drop.keep_indices is None
+    torch.manual_seed(1)
+    output = twin(x)
+    torch.manual_seed(1)
+    assert torch.equal(model.visual(x), output)
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """What PEFT puts around a module that is trained whole: the frozen one, and its copy in use."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.original_module, self.active_adapter = module, ["default"]
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(module)})
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.modules_to_save["default"], name)
+
+    def forward(self, *args, **kwargs):
+        return self.modules_to_save["default"](*args, **kwargs)
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+def test_embeddings_that_peft_saves_are_one_tower(stage):
+    """After attach it says to attach again; before, the copy in use is hooked."""
+    model, drop = ALL["transformers-ViTModel"].build(), RandomPatchDropout(0.5)
+    inputs = ALL["transformers-ViTModel"].inputs(2)
+    gaussmask.attach(model, drop, stage=stage)
+    model.embeddings = ModulesToSaveWrapper(model.embeddings)
+    with pytest.raises(UnsupportedModelError, match="attach again"):
+        model(**inputs)
+    gaussmask.detach(model)
+    gaussmask.attach(model, drop, stage=stage)(**inputs)
+    assert drop.keep_indices.shape == (2, 18)
+    assert gaussmask.describe(model).path == "embeddings.modules_to_save.default"
+
+
 def test_one_drop_serves_one_model():
     first, second, drop = make_timm(), ALL["transformers-CLIPModel"].build(), RandomPatchDropout(0.5)
     gaussmask.attach(first, drop)

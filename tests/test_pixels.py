@@ -357,8 +357,8 @@ def grouped(model):
 
 
 CHANGES = {
-    hooked: "carries hooks", parametrized: "is a Parametrized", with_dropout: "set pos_drop.p to 0",
-    adapted: "is a LowRank", normed: "pass through LayerNorm", shadowed: "a forward of somebody else's",
+    hooked: "carries hooks", parametrized: "ParametrizedConv2d, and no plain", with_dropout: "set pos_drop.p to 0",
+    adapted: "LowRank, and no plain", normed: "pass through LayerNorm", shadowed: "a forward of somebody else's",
     dilated: r"dilation=\(2, 2\)", grouped: "groups=3",
 }  # fmt: skip
 
@@ -452,7 +452,7 @@ def test_dropout_of_a_configuration():
 
 def test_tokens_that_did_not_come_from_images():
     model = gaussmask.attach(make_timm(), RandomPatchDropout(0.5), stage="pixels")
-    with pytest.raises(UnsupportedModelError, match=r"without its patch embedding|no images had gone through"):
+    with pytest.raises(UnsupportedModelError, match=r"without the patch embedding|no images had gone through"):
         model.patch_drop(torch.randn(2, 37, 32))
 
 

@@ -1,5 +1,6 @@
 """The Python of the README and of the docs, as written, and what it prints."""
 
+import copy
 import re
 import sys
 import textwrap
@@ -8,7 +9,11 @@ from pathlib import Path
 import draw_masks
 import matplotlib as mpl
 import pytest
+import torch
 from PIL import Image
+from torch import nn
+
+from gaussmask import PatchDropout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 import draw_method
@@ -47,6 +52,43 @@ def test_the_python_runs_and_prints_what_is_shown_below_it(page, capsys):
                 assert claimed == [f"({shape})" for shape in re.findall(r"torch\.Size\(\[([\d, ]*)\]\)", printed)]
             else:
                 assert printed == (shown if next_language == "" else "")
+
+
+def test_copies_of_the_models_of_the_recipes_are_copies(capsys):
+    """A deep copy in eval mode, as a teacher is one, drops nothing and leaves the draw of its original alone."""
+    session = {}
+    for language, text in blocks(ROOT / "docs" / "recipes.md"):
+        if language == "python":
+            exec(compile(text, "recipes.md", "exec"), session)
+    capsys.readouterr()
+    models = {
+        name: value
+        for name, value in session.items()
+        if isinstance(value, nn.Module) and not isinstance(value, PatchDropout) and drops_of(value)
+    }
+    assert {"model", "tiny", "vit", "large", "video_model"} <= models.keys()
+    inputs = {
+        "tiny": (4, 3, 32, 32),
+        "vit": (4, 3, 32, 32),
+        "large": (2, 3, 320, 320),
+        "video_model": (2, 8, 3, 32, 32),
+    }
+    for name, model in models.items():
+        model.train()(torch.randn(inputs.get(name, (8, 3, 160, 160))))
+        (drop,), (own,) = drops_of(model), drops_of(twin := copy.deepcopy(model))
+        kept = drop.keep_indices
+        assert own is not drop, name
+        twin.eval()(torch.randn(inputs.get(name, (8, 3, 160, 160))))
+        assert own.keep_indices is None, name
+        assert drop.keep_indices is kept, name
+        assert kept is not None, name
+        twin.train()(torch.randn(inputs.get(name, (8, 3, 160, 160))))
+        assert own.keep_indices is not None, name
+        assert drop.keep_indices is kept, name
+
+
+def drops_of(model):
+    return [module for module in model.modules() if isinstance(module, PatchDropout)]
 
 
 def test_the_pictures_are_there_and_the_commands_beside_them_draw_them(tmp_path):

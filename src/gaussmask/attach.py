@@ -8,6 +8,7 @@ from torch import nn
 
 from .drops import PatchDropout
 from .hosts import find_host
+from .seams.changes import remove_hooks
 from .seams.host import Place
 from .seams.seam import Seam
 from .seams.unsupported import UnsupportedModelError
@@ -106,6 +107,8 @@ def detach(model: ModelT) -> ModelT:
     check_model(model)
     for seam in list(_seams(model)):
         seam.remove()
+    for module in model.modules():
+        remove_hooks(module)
     return model
 
 

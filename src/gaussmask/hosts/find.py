@@ -5,6 +5,7 @@ and classes made on the fly (FSDP2) count.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,8 +38,18 @@ def _places(module: nn.Module, owners: tuple[nn.Module, ...] = (), path: str = "
     if key is not None:
         yield Place(HOSTS[key], key, module, owners, path)
         return
-    for name, child in module.named_children():
+    for name in _children_in_use(module):
+        child = module.get_submodule(name)
         yield from _places(child, (*owners, module), f"{path}.{name}" if path else name)
+
+
+def _children_in_use(module: Any) -> list[str]:
+    """The names of the submodules; of a module that PEFT trains whole the copy in use, without the frozen original."""
+    if type(module).__name__ != "ModulesToSaveWrapper":
+        return [name for name, _ in module.named_children()]
+    adapters = [module.active_adapter] if isinstance(module.active_adapter, str) else module.active_adapter
+    copies = [f"modules_to_save.{adapter}" for adapter in adapters if adapter in module.modules_to_save]
+    return copies or ["original_module"]
 
 
 def find_host(model: nn.Module) -> Place:

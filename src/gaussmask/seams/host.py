@@ -78,7 +78,9 @@ class Place(NamedTuple):
     @property
     def tower(self) -> nn.Module:
         """The module whose forward is one pass through the host."""
-        return self.owners[-1] if self.is_embedding else self.module
+        if not self.is_embedding:
+            return self.module
+        return next(owner for owner in reversed(self.owners) if type(owner).__name__ != "ModulesToSaveWrapper")
 
     @property
     def outermost(self) -> nn.Module:

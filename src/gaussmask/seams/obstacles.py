@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..drops.base import PatchDropout
+from .changes import OURS, is_ours
 
-OURS = __name__.partition(".")[0]
 LIBRARIES = (OURS, "open_clip", "timm", "torch", "transformers")
 PROJECTIONS = (nn.Conv2d, nn.Conv3d, nn.Linear)
 # What may lie between a projection and the tokens besides: none of it changes them, or all of it is position.
@@ -89,10 +89,12 @@ def foreign_hooks(module: nn.Module) -> list[Any]:
 
 
 def is_harmless(hook: Any) -> bool:
+    if is_ours(hook):
+        return True
     defined_in = type(getattr(hook, "__self__", hook)).__module__
     if defined_in == "builtins":  # a plain function
         defined_in = getattr(hook, "__module__", None) or ""
-    return defined_in.startswith((f"{OURS}.", "torch.distributed.")) or getattr(hook, "__name__", "") == GRADIENTS_ON
+    return defined_in.startswith("torch.distributed.") or getattr(hook, "__name__", "") == GRADIENTS_ON
 
 
 def is_foreign(module: nn.Module, name: str) -> bool:

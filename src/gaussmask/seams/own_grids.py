@@ -40,7 +40,7 @@ class FlattenedPatchesSeam(HookSeam):
     """Flattened patches (B, N, 2 + pixels), each with its row and column in front; padding is all zeros."""
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = OWN_POSITIONS
-    masks_refused = ("attn_mask",)
+    masks_refused: ClassVar[tuple[str, ...]] = ("attn_mask",)
     given_mask: Tensor | None = None
 
     def flat_patches(self, place: Place) -> Flat | None:
@@ -74,7 +74,7 @@ class MaskFromOutsideSeam(HookSeam):
     """
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = OneShape
-    masks_refused = ("attn_mask",)
+    masks_refused: ClassVar[tuple[str, ...]] = ("attn_mask",)
 
     def flat_patches(self, place: Place) -> Flat:
         return Flat((cast("Any", place.module).patch_size,) * 2, channels_last=True)
