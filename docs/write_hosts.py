@@ -81,8 +81,10 @@ embeddings, raise (`describe` tells); so do calls with masked positions, or patc
   V-JEPA 2 with transformers before 5.6, whose layers take no further arguments.
 - **Pooled outputs that read a patch.** I-JEPA's and Janus' `pooler_output` is made of the first token, which is a
   patch: under a drop it is the first kept one. Use the tokens or their mean, as their heads do.
-- **Attention masks of your own** over all tokens (`attention_mask` of ViT, DeiT, DINOv2, BEiT, FLAVA) do not follow
-  the drop, and raise while patches are dropped. The padding masks of the hosts with a note on grids do follow.
+- **Attention masks of your own** over all tokens (`attention_mask` of ViT, DeiT, DINOv2, BEiT, FLAVA, `attn_mask` of
+  timm) do not follow the drop, and raise while patches are dropped. The padding masks of the hosts with a note on grids
+  do follow. `is_causal` needs `ordered=True`.
+- **The mode** of the drop is that of the tower, also where its embeddings alone are frozen in eval mode.
 - **Time.** In a video the grid is (T, H, W): a Gaussian is laid over each frame alike, and the patches of all frames
   compete for the same K places, so nothing prefers a time.
 - **Rules that look at the images.** Every family gives a rule the pixels and, at stage "tokens", the tokens that it
