@@ -140,6 +140,47 @@ def test_a_scripted_model_and_a_tuple_are_named():
         gaussmask.attach((make_timm(), None, None), RandomPatchDropout(0.5))
 
 
+JIT = pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+
+
+@JIT
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+@pytest.mark.parametrize("name", ["timm-vit", "timm-eva-pe", "open_clip-tower"])
+def test_a_trace_in_training_mode_draws_as_the_model(name, stage):
+    """Without gradients: with them torch's own differentiation of a trace draws for dropouts of p = 0 as well."""
+    model, x = gaussmask.attach(ALL[name].build(), RandomPatchDropout(0.5), stage=stage), x_images(2)["x"]
+    assert torch.jit.trace(model, x, check_trace=False)(x).requires_grad
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x, check_trace=False)
+        for seed in (1, 2, 3):
+            torch.manual_seed(seed)
+            output = traced(x)
+            torch.manual_seed(seed)
+            torch.testing.assert_close(output, model(x))
+        assert not torch.equal(traced(x), traced(x)), "each call draws anew"
+
+
+@JIT
+@pytest.mark.parametrize("mode", [True, False])
+def test_what_cannot_be_scripted_or_traced_by_fx_says_detach_first(mode):
+    model = gaussmask.attach(make_timm(), RandomPatchDropout(0.5)).train(mode)
+    for make in (torch.jit.script, torch.fx.symbolic_trace):
+        with pytest.raises(UnsupportedModelError, match=r"carries a drop.*detach first"):
+            make(model)
+    torch.fx.symbolic_trace(gaussmask.detach(model))
+    tower = gaussmask.attach(make_open_tower(), RandomPatchDropout(0.5)).train(mode)
+    with pytest.raises(UnsupportedModelError, match=r"carries a drop.*detach first"):
+        torch.jit.script(tower)
+    if mode:
+        with pytest.raises(UnsupportedModelError, match="detach first"):
+            torch.fx.symbolic_trace(tower)
+    else:
+        x = x_images(2)["x"]
+        torch.testing.assert_close(torch.fx.symbolic_trace(tower)(x), tower(x))
+
+
 def test_the_drop_has_a_mode_of_its_own(host, attach):
     model, inputs, drop = host.build(), host.inputs(2), RandomPatchDropout(0.5)
     attach(model, drop)

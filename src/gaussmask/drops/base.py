@@ -7,7 +7,7 @@ draw:    grid --> coordinates --> scores, which the rule is asked for in `asking
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..sampling.checks import (
     check_prefix_count,
     check_tokens,
     is_square,
+    plain_number,
     refuse_misspelling,
     square_grid_size,
 )
@@ -227,7 +228,7 @@ class PatchDropout(nn.Module):
             return x
         num_prefix_tokens = self.num_prefix_tokens or 0
         check_tokens(x, num_prefix_tokens)
-        num_patches = x.shape[1] - num_prefix_tokens
+        num_patches = plain_number(x.shape[1]) - num_prefix_tokens
         grid_size = self.grid_size
         if grid_size is None and (self.needs_grid or is_square(num_patches)):
             grid_size = square_grid_size(num_patches)
@@ -285,7 +286,7 @@ class PatchDropout(nn.Module):
         elif self.tube and grid_size is not None and len(grid_size) == 3:
             self.keep_indices = self._keep_tubes(facts, grid_size[0], generator)
         else:
-            self.keep_indices = self._keep(scores_of(self, facts, generator))
+            self.keep_indices = self._keep(facts, generator)
         return self.keep_indices
 
     # The steps of a draw
@@ -306,14 +307,14 @@ class PatchDropout(nn.Module):
         coords = frame if len(grid_size) == 2 else frame.repeat(grid_size[0], 1)
         return coords.expand(batch_size, -1, -1)
 
-    def _keep(self, scores: Tensor) -> Tensor:
-        return top_patches(scores, num_kept_patches(scores.shape[1], self.mask_ratio), ordered=self.ordered)
+    def _keep(self, facts: Facts, generator: torch.Generator | None) -> Tensor:
+        return top_patches(scores_of(self, facts, generator), cast("int", facts.num_kept), ordered=self.ordered)
 
     def _keep_tubes(self, facts: Facts, num_frames: int, generator: torch.Generator | None) -> Tensor:
         """The same places in every frame, frame by frame."""
         per_frame = facts.coords.shape[1] // num_frames
         num_kept = num_kept_patches(per_frame, self.mask_ratio)
-        kept = self._keep(scores_of(self, facts.of_one_frame(num_frames, num_kept), generator))
+        kept = self._keep(facts.of_one_frame(num_frames, num_kept), generator)
         first = torch.arange(0, num_frames * per_frame, per_frame, device=kept.device)
         return (kept.unsqueeze(1) + first.unsqueeze(1)).flatten(1)
 

@@ -200,6 +200,11 @@ def check_keep_indices(keep_indices: object, batch_size: int, device: torch.devi
         raise ValueError(f"keep_indices must lie on {device}, beside what it picks from, got {keep_indices.device}")
 
 
+def plain_number(size: int) -> int:
+    """A size as a number, where `torch.jit.trace` hands out tensors: the trace is for images of this very size."""
+    return int(size) if isinstance(size, Tensor) else size
+
+
 def is_square(num_patches: int) -> bool:
     num_patches = operator.index(num_patches)  # a number, where the compiler has a symbol
     return math.isqrt(num_patches) ** 2 == num_patches

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -59,6 +60,11 @@ class MustReachDrop:
 
     def embedded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the patch embedding, which a forward calls once."""
+        if isinstance(output, torch.fx.Proxy):
+            raise UnsupportedModelError(
+                f"{self.host_name} carries a drop, whose hooks torch.fx cannot trace (nor torchvision's "
+                "create_feature_extractor, which uses it): detach first"
+            )
         self.demand()
         self.pending = self.drop.active
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..drops.base import PatchDropout
+from ..sampling.checks import plain_number
 from ..sampling.tokens import take_drawn_tokens
 from .call import Draw
 from .changes import Changes
@@ -71,6 +72,11 @@ class Seam(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "grid_size": None, "draw": self.new_draw(), "begun": None}
+
+    def __prepare_scriptable__(self) -> Any:  # what torch.jit.script asks for
+        raise UnsupportedModelError(
+            f"{self.host_name} carries a drop, whose hooks torch.jit.script does not compile: detach first"
+        )
 
     def new_draw(self) -> Draw:
         return Draw(self.num_prefix_tokens, self.num_suffix_tokens)
@@ -153,7 +159,7 @@ class Seam(nn.Module):
         if self.caught is not None:
             changes.hook(*self.caught.install())
         patch_embedding = module.get_submodule(host.patch_embedding)
-        changes.hook(self.watch(patch_embedding), *self.guard.watch_embedding(patch_embedding))
+        changes.hook(*self.guard.watch_embedding(patch_embedding), self.watch(patch_embedding))
         if (block := place.first_block()) is not None:
             changes.hook(*self.guard.watch_block(block))
             if self.blocks_take_arguments:
@@ -218,7 +224,7 @@ class Seam(nn.Module):
         prefix = prefix if num_prefix_tokens is None else num_prefix_tokens
         # Never the draw of a forward before: a layer that is recomputed may still need it as it is.
         draw, self.begun = self.begun or self.new_draw(), None
-        draw.num_patches = x.shape[1] - prefix - self.num_suffix_tokens
+        draw.num_patches = plain_number(x.shape[1]) - prefix - self.num_suffix_tokens
         self.draw = draw
         if facts:
             self.agree_to_own_grids(facts)
@@ -235,7 +241,7 @@ class Seam(nn.Module):
                 f"{self.host_name} reached its patch dropout without the patch embedding that it had at attach, so the "
                 "grid is unknown: if it was replaced, attach again; otherwise call the model's forward, or detach first"
             )
-        return watched
+        return tuple(plain_number(side) for side in watched)
 
     def ask_drop(
         self, x: Tensor, prefix: int, num_patches: int, grid_size: tuple[int, ...] | None = None, **facts: Any
