@@ -147,6 +147,8 @@ def load_torchvision(
     limit: int | None = None,
 ) -> CaptionedImages:
     """A torchvision classification set by name, such as `"CIFAR10"`; downloads it once."""
+    if not hasattr(torchvision.datasets, name):
+        raise ValueError(f"torchvision has no data set {name!r}: its names are those of torchvision.datasets")
     dataset = getattr(torchvision.datasets, name)(str(root), train=train, download=True)
     return _labelled(dataset, name, image_size, templates, limit)
 

@@ -21,6 +21,7 @@ import tyro
 from clip_data import load
 from clip_step import METHODS
 from clip_training import Config, compare, plot_curves, summarize
+from user_errors import one_line, setting_up
 
 import gaussmask
 
@@ -46,8 +47,9 @@ def main(
         output: folder for the results.
     """
     mpl.use("Agg")
-    train_data = load(train, image_size=config.image_size, train=True, limit=limit)
-    test_data = load(test, image_size=config.image_size, train=False, limit=limit)
+    with setting_up():
+        train_data = load(train, image_size=config.image_size, train=True, limit=limit)
+        test_data = load(test, image_size=config.image_size, train=False, limit=limit)
     results, curves = compare(train_data, test_data, config, methods=methods, seeds=seeds)
     output.mkdir(parents=True, exist_ok=True)
     results.to_csv(output / "results.csv", index=False)
@@ -70,4 +72,5 @@ def device_name(device: str) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with one_line("compare_methods.py"):
+        tyro.cli(main)

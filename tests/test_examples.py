@@ -220,6 +220,20 @@ def test_the_command_leaves_its_results(tmp_path):
     assert set(pd.read_csv(tmp_path / "out" / "results.csv")["method"]) == set(clip_training.METHODS)
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("nowhere", "there is no shard nowhere"), ("nowhere-{0..3}.tar", "there is no shard nowhere-0.tar"),
+     ("torchvision:Nothing", "torchvision has no data set 'Nothing'")],
+)  # fmt: skip
+def test_data_that_is_not_there_is_said_in_one_line(source, message, tmp_path):
+    command = [sys.executable, str(EXAMPLES / "compare_methods.py"), "--train", source, "--test", source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("compare_methods.py: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_notebook_runs_at_a_small_size_and_is_committed_with_its_outputs(tmp_path, monkeypatch):
     notebook = nbformat.read(EXAMPLES / "flip_vs_glip.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
