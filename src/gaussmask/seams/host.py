@@ -32,7 +32,7 @@ class Host:
     """How one family of models takes a drop: a row of a table in `hosts`.
 
     Args:
-        seam: the mechanism, a class of `seam`, `patch_dropout` or `embeddings`.
+        seam: the mechanism, a class of `patch_dropout`, `embeddings` or `own_grids`.
         patch_embedding: path, below the host, of the module that embeds the patches; its forward shows the true grid.
         prefix, suffix: the number of tokens in front of and behind the patches, or how to read it off the host.
         tokens: path, below the host, of the module whose hook drops tokens.
