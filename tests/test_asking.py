@@ -21,13 +21,20 @@ from hosts import (
     with_stages,
     x_images,
 )
-from oracle import randomise
+from oracle import DROPS, TOLERANCE, ask, difference, randomise, run
 from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import nn
 from torch.nn import functional as F
 
 import gaussmask
-from gaussmask import ClusterPatchDropout, GridPatchDropout, PatchDropout, RandomPatchDropout, UnsupportedModelError
+from gaussmask import (
+    BlockPatchDropout,
+    ClusterPatchDropout,
+    GridPatchDropout,
+    PatchDropout,
+    RandomPatchDropout,
+    UnsupportedModelError,
+)
 from gaussmask.seams import seam as seam_module
 
 PATCH = {"open_clip-CustomTextCLIP-timm": 16, "timm-hybrid": None}
@@ -426,6 +433,44 @@ def test_gradient_checkpointing_sees_one_draw(stage):
         model(x).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients)
+
+
+EVERY_RULE = {
+    "cluster": ClusterPatchDropout,
+    "grid": GridPatchDropout,
+    "block": BlockPatchDropout,
+    "cluster in tubes": partial(ClusterPatchDropout, tube=True),
+}
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE)
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_every_rule_passes_the_position_oracle(name, rule, monkeypatch):
+    monkeypatch.setitem(DROPS, "rule", (3, 0.5, EVERY_RULE[rule]))
+    answer = ask(ALL[name], "rule")
+    assert answer.hidden < TOLERANCE
+    assert answer.control > 3e-3
+    assert answer.pooled is None or answer.pooled < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", EVERY_RULE)
+@pytest.mark.parametrize("name", [name for name, stage in with_stages(REPRESENTATIVE) if stage == "pixels"])
+def test_every_rule_keeps_and_makes_the_same_at_both_stages(name, rule):
+    """In float64, where equal means equal."""
+    host, make = ALL[name], EVERY_RULE[rule]
+    model = host.build()
+    randomise(model)
+    inputs, outcomes = host.inputs(3), []
+    for stage in ("tokens", "pixels"):
+        twin = gaussmask.attach(copy.deepcopy(model), make(0.75), stage=stage).double()
+        own = {key: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+               for key, value in inputs.items()}  # fmt: skip
+        torch.manual_seed(7)
+        hidden, _ = run(host, twin, own, 3)
+        outcomes.append((gaussmask.attached(twin).keep_indices, hidden))
+    (kept, hidden), (kept_by_pixels, hidden_by_pixels) = outcomes
+    assert torch.equal(kept, kept_by_pixels)
+    assert difference(hidden_by_pixels, hidden) < 1e-10
 
 
 def test_who_does_not_ask_has_nothing_caught():
