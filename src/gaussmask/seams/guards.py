@@ -65,7 +65,8 @@ class MustReachDrop:
                 f"{self.host_name} carries a drop, whose hooks torch.fx cannot trace (nor torchvision's "
                 "create_feature_extractor, which uses it): detach first"
             )
-        self.demand()
+        if self.drop.active:
+            self.demand()
         self.pending = self.drop.active
 
     def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
