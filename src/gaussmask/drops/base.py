@@ -51,7 +51,7 @@ class PatchDropout(nn.Module):
             when attached, and the square root of N otherwise. A rule that uses no coordinates, as
             `RandomPatchDropout`, takes any N without a grid.
         ordered: keep the tokens in their order; otherwise their order is unspecified, which a ViT does not see.
-        tube: keep the same places in every frame of a video (VideoMAE, Tong et al., arXiv 2203.12602, section 3.3).
+        tube: keep the same places in every frame of a video (VideoMAE, Tong et al., arXiv 2203.12602).
             The scores are asked for one frame, and K = T * num_kept(H * W). Images are not changed by it.
 
     Attributes:

@@ -13,17 +13,16 @@ LOG_ASPECT = math.log(1 / 0.3)  # BEiT's blocks are from 0.3 to 1 / 0.3 times as
 
 
 class BlockPatchDropout(PatchDropout):
-    """Drop one rectangle at a random place: the block-wise masks of MAE's ablation (He et al., arXiv 2111.06377, 4.1).
+    """Drop one rectangle at a random place: the block-wise masks of MAE's ablation (He et al., arXiv 2111.06377).
 
     **Keeps** what surrounds a rectangle of N - K patches, which lies anywhere within the image. Its aspect ratio is
     drawn from 0.3 to 1 / 0.3, evenly in its logarithm (BEiT, arXiv 2106.08254), as far as the image has room. Where a
     whole rectangle would be too large, an end of one of its sides is given back, so that exactly K are kept.
 
-    **Pays** as the hard case of a comparison: a whole region has to be inferred, which MAE found too hard at .75, where
-    random masks were better. Patches in the middle of the image are dropped more often than those at its border, the
+    **Made for** the hard case of a comparison: a whole region has to be inferred. Patches in the middle of the image are dropped more often than those at its border, the
     opposite of GLIP's.
 
-    **Costs** some forty operations on a number per patch, nothing that a step would feel.
+    **Costs** some forty operations on a number per patch.
 
     In a video every frame has a rectangle of its own; with `tube=True` it is the same one in all frames.
 

@@ -16,14 +16,13 @@ from .base import PatchDropout
 
 
 class ClusterPatchDropout(PatchDropout):
-    """Drop clusters of patches that look alike: Cluster masking (Wei et al., CVPR 2024, arXiv 2405.08815, section 3).
+    """Drop clusters of patches that look alike: Cluster masking (Wei et al., CVPR 2024, arXiv 2405.08815).
 
     **Keeps** what is unlike a few anchor patches, which are drawn at random for every image and dropped together with
     the patches that are most like them. A large even ground, a sky or a white wall, goes as a whole and soon; a subject
     that it surrounds stays more often.
 
-    **Pays** where images have much ground that says little (photos of products), **not** where the subject fills the
-    frame: an even or random mask keeps more of it.
+    **Made for** images with much ground that says little (photos of products), **not** for subjects that fill the frame.
 
     **Costs** one copy of the pixels in float32 and, for N patches of F numbers and A anchors, 2 N A F operations per
     image: 1.8 MFLOP for 196 patches of 16 x 16 x 3 and 6 anchors, where a ViT-B/16 takes 35 GFLOP.

@@ -15,15 +15,15 @@ from .base import PatchDropout
 
 
 class GridPatchDropout(PatchDropout):
-    """Keep patches evenly over the image: the grid masks of MAE (arXiv 2111.06377, figure 6) and CLIPA (2305.07017).
+    """Keep patches evenly over the image: the grid masks of MAE (arXiv 2111.06377) and CLIPA (2305.07017).
 
     **Keeps** equally many patches of every cell of 2 x 2: at ratio .75 one of each, drawn at random for every image, at
     .5 two. In general a cell of m patches keeps m K / N of them, rounded up or down at random, so that every patch has
-    the chance K / N. (MAE's grid keeps the same patch of every cell and image.)
+    the chance K / N.
 
-    **Pays** where the subject fills the frame and no part of it may be missed. It knows nothing of what images show.
+    **Made for** images where the subject fills the frame and no part of it may be missed. It knows nothing of what images show.
 
-    **Costs** a few draws and sorts of a number per patch, nothing that a step would feel.
+    **Costs** a few draws and sorts of a number per patch.
 
     Cells at the border of a grid with an odd side have fewer patches, whose chances are those of all others. In a video
     every frame has cells of its own.
