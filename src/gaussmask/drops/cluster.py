@@ -22,7 +22,8 @@ class ClusterPatchDropout(PatchDropout):
     the patches that are most like them. A large even ground, a sky or a white wall, goes as a whole and soon; a subject
     that it surrounds stays more often.
 
-    **Made for** images with much ground that says little (photos of products), **not** for subjects that fill the frame.
+    **Made for** images with much ground that says little (photos of products), **not** for subjects that
+    fill the frame.
 
     **Costs** one copy of the pixels in float32 and, for N patches of F numbers and A anchors, 2 N A F operations per
     image: 1.8 MFLOP for 196 patches of 16 x 16 x 3 and 6 anchors, where a ViT-B/16 takes 35 GFLOP.

@@ -21,7 +21,8 @@ class GridPatchDropout(PatchDropout):
     .5 two. In general a cell of m patches keeps m K / N of them, rounded up or down at random, so that every patch has
     the chance K / N.
 
-    **Made for** images where the subject fills the frame and no part of it may be missed. It knows nothing of what images show.
+    **Made for** images where the subject fills the frame and no part of it may be missed. It knows nothing of
+    what images show.
 
     **Costs** a few draws and sorts of a number per patch.
 
