@@ -19,8 +19,8 @@ class BlockPatchDropout(PatchDropout):
     drawn from 0.3 to 1 / 0.3, evenly in its logarithm (BEiT, arXiv 2106.08254), as far as the image has room. Where a
     whole rectangle would be too large, an end of one of its sides is given back, so that exactly K are kept.
 
-    **Made for** the hard case of a comparison: a whole region has to be inferred. Patches in the middle of the image are
-    dropped more often than those at its border, the opposite of GLIP's.
+    **Made for** the hard case of a comparison: a whole region has to be inferred. Patches in the middle of the image
+    are dropped more often than those at its border, the opposite of GLIP's.
 
     **Costs** some forty operations on a number per patch.
 
