@@ -413,7 +413,7 @@ def test_ready_made_rules_in_every_mechanism(name, stage, make):
     assert drop.keep_indices.shape == (2, host.count // 2)
     assert all(len(set(kept)) == len(kept) for kept in drop.keep_indices.tolist())
     (seam,) = (module for module in model.modules() if hasattr(module, "caught"))
-    assert seam.caught is None or seam.caught.entering is None
+    assert seam.now.entering is None
     twin = copy.deepcopy(model)
     result(host, twin, inputs)
     assert gaussmask.attached(twin).keep_indices.shape == (2, host.count // 2)

@@ -239,7 +239,7 @@ def test_copies_carry_a_drop_of_their_own(host, attach, duplicate):
     own = gaussmask.attached(twin)
     assert own is not drop
     seams = [module for module in twin.modules() if isinstance(module, Seam)]
-    assert [seam.draw.keep_indices for seam in seams] == [None], "no draw travels"
+    assert [seam.now.draw.keep_indices for seam in seams] == [None], "no draw travels"
     assert (type(own), own.mask_ratio, own.sigma, own.keep_indices) == (GaussianPatchDropout, 0.5, 0.7, None)
     assert torch.equal(result(host, twin, inputs, seed=3), result(host, copy.deepcopy(model), inputs, seed=3))
     own.mask_ratio = 0.75
@@ -280,6 +280,79 @@ def test_parts_copy_again_and_again(name, stage, duplicate):
     gaussmask.detach(twin)
     assert gaussmask.attached(twin) is None
     assert not any("gaussmask" in type(module).__module__ for module in twin.modules())
+
+
+def pickled(module):
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    return buffer.getbuffer().nbytes
+
+
+@staged(COPIED)
+def test_no_part_carries_more_than_itself(name, stage):
+    """Every module of the host, by itself, with the whole gone; and nothing that was left in it does anything."""
+    host = ALL[name]
+    model, drop = host.build(), RandomPatchDropout(0.5)
+    sizes = {path: pickled(module) for path, module in model.named_modules()}
+    gaussmask.attach(model, drop, stage=stage)
+    model(**host.inputs(2))
+    parts = dict(model.named_modules())
+    for path, size in sizes.items():
+        if type(parts[path]).__module__.startswith("gaussmask"):
+            continue
+        assert pickled(parts[path]) < size + 8000, path
+        assert pickled(by_torch_save(copy.deepcopy(parts[path]))) < size + 8000, path
+    (seam,) = (module for module in parts.values() if isinstance(module, Seam))
+    assert pickled(seam) < 8000
+    projection = next(path for path, module in parts.items() if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.Linear)))
+    twin, x = copy.deepcopy(parts[projection]), torch.randn(3, *projection_input(parts[projection]))
+    plain = gaussmask.detach(copy.deepcopy(model)).get_submodule(projection)
+    del model, parts, seam
+    gc.collect()
+    assert torch.equal(twin(x), plain(x))
+    assert torch.equal(twin(x), plain(x)), "again"
+    gaussmask.detach(twin)
+    assert structure(twin, identity=False) == structure(plain, identity=False)
+
+
+def projection_input(layer):
+    """The shape of one input with a few patches in it."""
+    if isinstance(layer, nn.Linear):
+        return (4, layer.in_features)
+    return (layer.in_channels, *(2 * side for side in layer.kernel_size))
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+def test_detaching_a_part_of_a_copy_takes_nothing_from_the_original(stage):
+    host, drop = ALL["open_clip-CLIP"], RandomPatchDropout(0.5)
+    model = gaussmask.attach(host.build(), drop, stage=stage)
+    twin = copy.deepcopy(model)
+    gaussmask.detach(twin.visual)
+    assert twin.encode_image(x_images(2)["x"]).shape == (2, 16)
+    assert gaussmask.attached(twin) is None
+    twin(**host.inputs(2))  # the hooks of the pair, which lie outside of the tower, are idle
+    model(**host.inputs(2))
+    assert drop.keep_indices.shape == (2, 18)
+    assert gaussmask.attach(twin, RandomPatchDropout(0.75), stage=stage) is twin
+    twin(**host.inputs(2))
+    assert gaussmask.attached(twin).keep_indices.shape == (2, 9)
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+def test_modules_that_two_models_share_keep_the_hooks_of_the_one_that_is_attached(stage):
+    """Detaching, and attaching, the other one takes nothing off."""
+    host = ALL["timm-vit"]
+    one, other = host.build(), host.build()
+    other.patch_embed, other.blocks = one.patch_embed, one.blocks
+    drop, own = RandomPatchDropout(0.5), RandomPatchDropout(0.75)
+    gaussmask.attach(one, drop, stage=stage)
+    gaussmask.detach(other)
+    one(**host.inputs(2))
+    assert keeps(drop, host, 2, 0.5)
+    gaussmask.attach(other, own, stage="tokens")
+    gaussmask.detach(other)
+    one(**host.inputs(2))
+    assert keeps(drop, host, 2, 0.5)
 
 
 @pytest.mark.parametrize("stage", ["tokens", "pixels"])

@@ -1,6 +1,7 @@
 """What would run on fewer tokens and be wrong: each is mended (which the oracle proves too) or raises the way out."""
 
 import copy
+import threading
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from hosts import (
     result,
     several_sizes,
     videos,
+    with_stages,
     x_images,
 )
 from oracle import TOLERANCE, difference, masked_keys, randomise
@@ -27,6 +29,7 @@ import gaussmask
 from gaussmask import GaussianPatchDropout, PatchDropout, RandomPatchDropout, UnsupportedModelError
 from gaussmask.seams.call import Argument, Draw
 from gaussmask.seams.followers import Batched, KeyMask
+from gaussmask.seams.link import Link
 
 
 @pytest.fixture(autouse=True)
@@ -193,11 +196,12 @@ def test_a_host_without_an_argument_that_is_needed_is_refused():
 
 
 def test_an_attention_mask_that_is_no_tensor_raises():
-    seam = type("", (), {"host_name": "Idefics2VisionTransformer"})()
+    link = Link()
+    link.seam = type("", (), {"host_name": "Idefics2VisionTransformer"})()
     with pytest.raises(
         UnsupportedModelError, match=r"passes its attention mask as object, .*attn_implementation='sdpa'"
     ):
-        KeyMask(seam, None).kept(object(), Draw(0, 0))
+        KeyMask(link).kept(object(), Draw(0, 0))
 
 
 @pytest.mark.parametrize("queries", [1, 2, 4])
@@ -205,11 +209,11 @@ def test_an_attention_mask_loses_the_dropped_keys_and_where_it_has_them_the_drop
     draw = Draw(0, 0)
     draw.num_patches, draw.keep_indices = 4, torch.tensor([[3, 1], [0, 2]])
     mask = torch.arange(2 * queries * 4).view(2, 1, queries, 4)
-    kept = KeyMask(None, None).kept(mask, draw)
+    kept = KeyMask(None).kept(mask, draw)
     for image, rows in enumerate(draw.keep_indices):
         expected = mask[image, 0][rows] if queries == 4 else mask[image, 0]
         assert torch.equal(kept[image, 0], expected[:, rows])
-    assert torch.equal(KeyMask(None, None).kept(mask[:, 0, 0], draw), mask[:, 0, 0].gather(1, draw.keep_indices))
+    assert torch.equal(KeyMask(None).kept(mask[:, 0, 0], draw), mask[:, 0, 0].gather(1, draw.keep_indices))
 
 
 @pytest.mark.parametrize("name", ["transformers-ViTModel", "transformers-BeitModel", "transformers-FlavaImageModel"])
@@ -673,3 +677,104 @@ def test_a_timm_that_is_too_old(monkeypatch):
     monkeypatch.delattr(timm.layers.PatchEmbed, "dynamic_feat_size")
     with pytest.raises(UnsupportedModelError, match=r"no dynamic_feat_size, .* timm 1\.0\.20 or newer"):
         gaussmask.attach(model, RandomPatchDropout(0.5))
+
+
+# Threads, and forwards inside of forwards
+
+
+def in_threads(*works):
+    """What each raised, or None."""
+    raised = [None] * len(works)
+
+    def run(number):
+        try:
+            works[number]()
+        except Exception as error:
+            raised[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+class Even(PatchDropout):
+    """Keeps every other patch, and does something meanwhile."""
+
+    def scores(self, coords, generator=None):
+        self.meanwhile()
+        return (torch.arange(coords.shape[1], device=coords.device) % 2).float().expand(len(coords), -1)
+
+    def meanwhile(self):
+        pass
+
+
+IN_THREADS = ["timm-vit", "timm-beit", "transformers-DINOv3ViTModel", "open_clip-CLIP"]
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+@pytest.mark.parametrize("name", IN_THREADS)
+def test_two_threads_in_one_model_raise(name, stage):
+    """The second to come, before it has touched anything of the first, which gets what it gets alone."""
+    host, drop = ALL[name], Even(0.5)
+    model = gaussmask.attach(host.build(), drop, stage=stage)
+    one, other = host.inputs(2), host.inputs(3)
+    expected, begun, over = result(host, model, one), threading.Event(), threading.Event()
+    outputs = []
+
+    def first():
+        drop.meanwhile = lambda: (begun.set(), over.wait(20))
+        outputs.append(result(host, model, one))
+
+    def second():
+        begun.wait(20)
+        try:
+            result(host, model, other)
+        finally:
+            over.set()
+
+    nothing, error = in_threads(first, second)
+    assert nothing is None
+    assert isinstance(error, UnsupportedModelError)
+    assert "called by two threads at once" in str(error)
+    torch.testing.assert_close(outputs[0], expected)
+    drop.meanwhile = lambda: None
+    assert in_threads(lambda: result(host, model, other)) == [None], "one after the other they may"
+    torch.testing.assert_close(result(host, model, one), expected)
+
+
+def test_a_forward_that_broke_off_in_another_thread_blocks_nobody():
+    host, drop = ALL["timm-vit"], Even(0.5)
+    model = gaussmask.attach(host.build(), drop)
+    drop.meanwhile = lambda: 1 / 0
+    (error,) = in_threads(lambda: result(host, model, host.inputs(2)))
+    assert isinstance(error, ZeroDivisionError)
+    drop.meanwhile = lambda: None
+    result(host, model, host.inputs(2))
+
+
+NESTED = [*IN_THREADS, "timm-relpos-shared", "transformers-YolosModel", "transformers-Idefics3Vision-padded", "timm-gemma4",
+          "transformers-Siglip2VisionModel-padded"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "stage"), with_stages(NESTED))
+def test_a_rule_may_call_the_model_in_eval_mode(name, stage):
+    host, drop = ALL[name], Even(0.5)
+    model = gaussmask.attach(host.build(), drop, stage=stage)
+    inputs, other = host.inputs(2), host.inputs(3)
+    expected = result(host, model, inputs)
+    whole = result(host, model.eval(), other)
+    model.train()
+    inner = []
+
+    def meanwhile():
+        model.eval()
+        inner.append(result(host, model, other))
+        model.train()
+
+    drop.meanwhile = meanwhile
+    torch.testing.assert_close(result(host, model, inputs), expected)
+    torch.testing.assert_close(inner[0], whole)
+    assert drop.keep_indices.shape == (2, 18)

@@ -495,12 +495,12 @@ def test_nothing_of_a_forward_travels_or_stays():
     model = gaussmask.attach(make_timm(), RandomPatchDropout(0.5), stage="pixels")
     (seam,) = (module for module in model.modules() if hasattr(module, "pixels"))
     model(**x_images(2))
-    assert seam.pixels.images is seam.pixels.blank is None
+    assert seam.now.images is seam.now.blank is None
     seam.register_forward_pre_hook(stop)
     with pytest.raises(RuntimeError, match="stop"):
         model(**x_images(2))
-    assert seam.pixels.images is not None
-    assert next(m for m in copy.deepcopy(model).modules() if hasattr(m, "pixels")).pixels.images is None
+    assert seam.now.images is not None
+    assert next(m for m in copy.deepcopy(model).modules() if hasattr(m, "pixels")).now.images is None
 
 
 def stop(module, args):

@@ -38,7 +38,7 @@ def imported(path):
 
 def test_the_reader_of_imports_sees_them():
     assert set(imported(PACKAGE / "attach.py")) == {
-        ("drops",), ("hosts",), ("seams", "changes"), ("seams", "host"), ("seams", "seam"), ("seams", "unsupported")
+        ("drops",), ("hosts",), ("seams", "host"), ("seams", "link"), ("seams", "seam"), ("seams", "unsupported")
     }  # fmt: skip
     assert ("sampling", "grids") in imported(PACKAGE / "drops" / "base.py")
     assert ("hosts", "refusals") in imported(PACKAGE / "hosts" / "find.py")

@@ -8,8 +8,8 @@ from torch import nn
 
 from .drops import PatchDropout
 from .hosts import find_host
-from .seams.changes import remove_hooks
 from .seams.host import Place
+from .seams.link import take_off
 from .seams.seam import Seam
 from .seams.unsupported import UnsupportedModelError
 
@@ -107,8 +107,8 @@ def detach(model: ModelT) -> ModelT:
     check_model(model)
     for seam in list(_seams(model)):
         seam.remove()
-    for module in model.modules():
-        remove_hooks(module)
+    for module in model.modules():  # of a copy, where the seam knows of none; and what a copy of a part was left with
+        take_off(module)
     return model
 
 

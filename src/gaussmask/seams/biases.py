@@ -9,11 +9,10 @@ import math
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .call import Argument, Draw
 from .host import Follower
-from .seam import Seam
+from .link import Helper, Link, Linked
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -39,9 +38,9 @@ class Handed:
         return bool(self.value)
 
     @classmethod
-    def over(cls, seam: Seam, bias: Tensor | None) -> "Handed | Tensor | None":
-        """A shared bias as a timm model hands it to its blocks."""
-        if not seam.drop.active:
+    def over(cls, seam: Any, bias: Tensor | None) -> "Handed | Tensor | None":
+        """A shared bias as a timm model hands it to its blocks; a part that was copied by itself has no seam."""
+        if seam is None or not seam.drop.active:
             return bias
         draw = seam.current_draw()
         return cls(draw, None if bias is None else kept_bias(bias, draw))
@@ -53,15 +52,15 @@ class HandedFlag(Follower):
     needed = "the position biases that the model makes beside it"
     name = "interpolate_pos_encoding"
 
-    def install(self) -> list[RemovableHandle]:
-        self.argument: Argument = Argument.of(self.module, self.name)
-        return [self.module.register_forward_pre_hook(self.before, with_kwargs=True)]
+    def install(self, module: nn.Module) -> None:
+        self.argument: Argument = Argument.of(module, self.name)
+        self.link.before(module, self.before)
 
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        if not self.seam.drop.active:
+        if not self.active:
             return None
         value = self.argument.read(args, kwargs)
-        return self.argument.write(args, kwargs, Handed(self.seam.draw, value))
+        return self.argument.write(args, kwargs, Handed(self.now.draw, value))
 
 
 class BiasModule(Follower):
@@ -69,27 +68,24 @@ class BiasModule(Follower):
 
     what = "relative position biases"
 
-    def install(self) -> list[RemovableHandle]:
-        self.draw: Draw | None = None  # of the call that is running
-        self.window: Argument = Argument.of(self.module, "window_size")
-        self.flag: Argument = Argument.of(self.module, HandedFlag.name)
-        self.size: Argument = Argument.of(self.module, "dim_size")
-        return [
-            self.module.register_forward_pre_hook(self.before, with_kwargs=True),
-            self.module.register_forward_hook(self.after),
-        ]
+    def install(self, module: nn.Module) -> None:
+        self.window: Argument = Argument.of(module, "window_size")
+        self.flag: Argument = Argument.of(module, HandedFlag.name)
+        self.size: Argument = Argument.of(module, "dim_size")
+        self.link.before(module, self.before)
+        self.link.after(module, self.after)
 
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         handed = self.flag.read(args, kwargs)
-        self.draw = handed.draw if isinstance(handed, Handed) else None
-        if self.draw is None:
+        draw = self.now.bias_draw = handed.draw if isinstance(handed, Handed) else None
+        if draw is None:
             return None
         # The host passes the length of its sequence as the size of the bias: here that of all tokens.
-        num_tokens = math.prod(self.window.read(args, kwargs)) + self.draw.num_prefix_tokens
+        num_tokens = math.prod(self.window.read(args, kwargs)) + draw.num_prefix_tokens
         return self.size.write(*self.flag.write(args, kwargs, handed.value), num_tokens)
 
     def after(self, module: nn.Module, args: Args, output: Tensor) -> Tensor:
-        draw, self.draw = self.draw, None
+        draw, self.now.bias_draw = self.now.bias_draw, None
         return output if draw is None else kept_bias(output, draw)
 
 
@@ -100,60 +96,57 @@ class BlockBiases(Follower):
     slot: str  # attribute of the model that makes the shared bias
     name: str  # argument of the attention that takes it
 
-    def install(self) -> list[RemovableHandle]:
-        model: Any = self.module
-        shared, handles = getattr(model, self.slot), []
+    def install(self, module: Any) -> None:
+        shared = getattr(module, self.slot)
         if shared is None:
-            self.seam.changes.put(model, self.slot, HandsDraw(self.seam))
+            self.link.put(module, self.slot, HandsDraw(self.link))
         elif hasattr(shared, "get_bias"):
-            self.seam.changes.put(shared, "get_bias", HandsDraw(self.seam, shared))
+            self.link.put(shared, "get_bias", HandsDraw(self.link, shared))
         else:
-            handles.append(shared.register_forward_hook(self.hand))
-        for block in model.blocks:
-            hook = Receives(block.attn, self.name, self.bias_of(block.attn))
-            handles.append(block.attn.register_forward_pre_hook(hook, with_kwargs=True))
-        return handles
+            self.link.after(shared, self.hand)
+        for block in module.blocks:
+            self.stand_before_bias(block.attn)
+            self.link.before(block.attn, Receives(self.link, block.attn, self.name).before)
 
     def hand(self, module: nn.Module, args: Args, output: Tensor) -> Any:
         return Handed.over(self.seam, output)
 
-    def bias_of(self, attention: Any) -> "BiasMethod | None":
-        """Stand before the method that makes the bias of one block; None if it has none of its own."""
+    def stand_before_bias(self, attention: Any) -> None:
+        """Stand before the method that makes the bias of one block, if it has one of its own."""
         raise NotImplementedError
 
-    def stand_before(self, owner: nn.Module, method: str) -> "BiasMethod":
-        bias = BiasMethod(owner, method)
-        self.seam.changes.put(owner, method, bias)
-        return bias
+    def stand_before(self, owner: nn.Module, method: str) -> None:
+        self.link.put(owner, method, BiasMethod(self.link, owner, method))
 
 
 class BeitBiases(BlockBiases):
     slot = "rel_pos_bias"
     name = "shared_rel_pos_bias"
 
-    def bias_of(self, attention: Any) -> "BiasMethod | None":
-        has_one = attention.relative_position_bias_table is not None
-        return self.stand_before(attention, "_get_rel_pos_bias") if has_one else None
+    def stand_before_bias(self, attention: Any) -> None:
+        if attention.relative_position_bias_table is not None:
+            self.stand_before(attention, "_get_rel_pos_bias")
 
 
 class RelPosBiases(BlockBiases):
     slot = "shared_rel_pos"
     name = "shared_rel_pos"
 
-    def bias_of(self, attention: Any) -> "BiasMethod | None":
-        return None if attention.rel_pos is None else self.stand_before(attention.rel_pos, "get_bias")
+    def stand_before_bias(self, attention: Any) -> None:
+        if attention.rel_pos is not None:
+            self.stand_before(attention.rel_pos, "get_bias")
 
 
-class HandsDraw:
+class HandsDraw(Linked):
     """Makes the shared bias of a timm model, or stands where there is none."""
 
-    def __init__(self, seam: Seam, shared: Any = None) -> None:
-        self.seam = seam
+    def __init__(self, link: Link, shared: Any = None) -> None:
+        self.link = link
         self.shared = shared
 
     def __call__(self) -> Any:
         bias = None if self.shared is None else type(self.shared).get_bias(self.shared)
-        return Handed.over(self.seam, bias)
+        return Handed.over(self.link.seam, bias)
 
     get_bias = __call__
 
@@ -161,31 +154,31 @@ class HandsDraw:
         """timm's `set_input_size` calls it on whatever makes a shared bias."""
 
 
-class BiasMethod:
+class BiasMethod(Linked):
     """Makes the bias of one block, of the kept tokens alone in a call that `Receives` a draw."""
 
-    def __init__(self, owner: Any, method: str) -> None:
+    def __init__(self, link: Link, owner: Any, method: str) -> None:
+        self.link = link
         self.owner = owner
         self.method = method
-        self.draw: Draw | None = None
 
     def __call__(self) -> Tensor:
-        draw, self.draw = self.draw, None
+        now = self.link.now
+        draw, now.bias_draw = now.bias_draw, None
         bias = getattr(type(self.owner), self.method)(self.owner)
         return bias if draw is None else kept_bias(bias, draw)
 
 
-class Receives:
-    """Forward pre-hook of an attention: takes the draw out of its argument, for the bias that it is about to make."""
+class Receives(Helper):
+    """Takes the draw out of the argument of an attention, for the bias that it is about to make, if it makes one."""
 
-    def __init__(self, attention: nn.Module, name: str, bias: BiasMethod | None) -> None:
+    def __init__(self, link: Link, attention: nn.Module, name: str) -> None:
+        super().__init__(link)
         self.argument: Argument = Argument.of(attention, name)
-        self.bias = bias
 
-    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+    def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         handed = self.argument.read(args, kwargs)
         if not isinstance(handed, Handed):
             return None
-        if self.bias is not None:
-            self.bias.draw = handed.draw
+        self.now.bias_draw = handed.draw
         return self.argument.write(args, kwargs, handed.value)

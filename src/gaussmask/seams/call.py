@@ -1,4 +1,4 @@
-"""What hooks in a host work with: the arguments of a call, and the draw of the forward that it is part of."""
+"""What hooks in a host work with: the arguments of a call, and the forward that it is part of, with its draw."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -68,3 +68,24 @@ class Draw:
                 "rows of the kept ones are unknown: detach, and please report the model"
             )
         return token_indices(self.keep_indices, self.num_patches, self.num_prefix_tokens, self.num_suffix_tokens)
+
+
+class Forward:
+    """What the forward that is running leaves for its later steps.
+
+    Not by thread: of what is set on a `threading.local`, torch.compile forgets all at the end of a graph.
+    """
+
+    thread: int | None = None  # that is in it, or was the last
+    expected: bool = False  # the tower was called, and its patches have not come to the drop yet
+    pending: bool = False  # patches were embedded, and have not come to the drop yet
+    grid_size: tuple[int, ...] | None = None  # of all images, as the patch embedding shows it
+    grids: list[tuple[int, ...]] | None = None  # of each image, where they are packed
+    facts: dict[str, Any] | None = None  # what `PatchDropout.draw` is told of images with grids of their own
+    padding_mask: Tensor | None = None  # on its way to the embeddings
+    images: Tensor | None = None  # at stage "pixels", on their way round the projection
+    blank: Tensor | None = None  # what the projection was given in their place
+    entering: Tensor | None = None  # what entered the projection, for a rule that asks for pixels
+    draw: Draw = Draw(0, 0)  # the latest
+    begun: Draw | None = None  # one that is handed on before it is drawn
+    bias_draw: Draw | None = None  # of the bias that is being made

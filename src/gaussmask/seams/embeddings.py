@@ -31,10 +31,9 @@ class HookSeam(Seam):
 
     def install(self, place: Place) -> None:
         self.attention_mask: Argument | None = Argument.of_any(place.tower, "attention_mask")
-        self.changes.hook(place.tower.register_forward_pre_hook(self.begin, with_kwargs=True))
+        self.link.before(place.tower, self.relay.begin)
         super().install(place)
-        tokens = place.module.get_submodule(place.host.tokens)
-        self.changes.hook(tokens.register_forward_hook(self.after_tokens, with_kwargs=True))
+        self.link.after(place.module.get_submodule(place.host.tokens), self.relay.after_tokens)
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Forward pre-hook of the tower: what the last forward drew is not this one's."""
@@ -88,7 +87,7 @@ class UnfoldSeam(HookSeam):
                 f"{self.host_name} was called with images of many sizes packed into one sequence, which gaussmask does "
                 "not mask: pass images of one size, as pixel_values (B, C, H, W)"
             )
-        self.grid_size: tuple[int, ...] | None = tuple(side // embeddings.patch_size for side in args[0].shape[-2:])
+        self.now.grid_size = tuple(side // embeddings.patch_size for side in args[0].shape[-2:])
 
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         embeddings: Any = place.module

@@ -5,7 +5,6 @@ from fractions import Fraction
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .call import Argument, Draw
 from .host import Follower
@@ -21,11 +20,11 @@ class RotaryTables(Follower):
     what = "rotary tables"
     needed = "the rotary positions that the model makes beside it"
 
-    def install(self) -> list[RemovableHandle]:
-        return [self.module.register_forward_hook(self.keep)]
+    def install(self, module: nn.Module) -> None:
+        self.link.after(module, self.keep)
 
     def keep(self, module: nn.Module, args: Args, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        rows = self.seam.current_draw().rows(len(output[0]))
+        rows = self.current_draw().rows(len(output[0]))
         return output if rows is None else tuple(table[rows].unsqueeze(1) for table in output)  # (B, 1, M, D)
 
 
@@ -34,11 +33,11 @@ class PositionsPerLayer(Follower):
 
     what = "positions added between the layers"
 
-    def install(self) -> list[RemovableHandle]:
-        return [self.module.register_forward_hook(self.keep)]
+    def install(self, module: nn.Module) -> None:
+        self.link.after(module, self.keep)
 
     def keep(self, module: nn.Module, args: Args, output: Tensor) -> Tensor:
-        rows = self.seam.current_draw().rows(output.shape[2])
+        rows = self.current_draw().rows(output.shape[2])
         return output if rows is None else output[:, 0, rows]  # (layers, B, M, D)
 
 
@@ -47,12 +46,12 @@ class PassedArgument(Follower):
 
     name: str
 
-    def install(self) -> list[RemovableHandle]:
-        self.argument: Argument = Argument.of(self.module, self.name)
-        return [self.module.register_forward_pre_hook(self.before, with_kwargs=True)]
+    def install(self, module: nn.Module) -> None:
+        self.argument: Argument = Argument.of(module, self.name)
+        self.link.before(module, self.before)
 
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        draw, value = self.seam.current_draw(), self.argument.read(args, kwargs)
+        draw, value = self.current_draw(), self.argument.read(args, kwargs)
         if value is None or draw.keep_indices is None:
             return None
         return self.argument.write(args, kwargs, self.kept(value, draw))
@@ -97,7 +96,7 @@ class KeyMask(PassedArgument):
     def kept(self, value: Any, draw: Draw) -> Any:
         if not isinstance(value, Tensor):
             raise UnsupportedModelError(
-                f"{self.seam.host_name} passes its attention mask as {type(value).__name__}, which gaussmask cannot "
+                f"{self.host_name} passes its attention mask as {type(value).__name__}, which gaussmask cannot "
                 "shorten: build the model with attn_implementation='sdpa'"
             )
         num_keys = value.shape[-1]
@@ -126,13 +125,15 @@ class TokenCount(Follower):
 
     what = "number of image tokens"
 
-    def install(self) -> list[RemovableHandle]:
-        self.all_tokens: int = cast("Any", self.module).image_patch_tokens
-        self.seam.changes.put(self.module, "image_patch_tokens", self.all_tokens)
-        return [self.module.register_forward_pre_hook(self.before)]
+    def install(self, module: nn.Module) -> None:
+        self.all_tokens: int = cast("Any", module).image_patch_tokens
+        self.link.before(module, self.before)
+
+    def leave(self, module: Any) -> None:
+        module.image_patch_tokens = self.all_tokens
 
     def before(self, module: Any, args: Args) -> None:
-        draw = self.seam.draw
+        draw = self.now.draw
         if draw.num_patches == 0:  # no image yet
             return
         always, kept = draw.num_prefix_tokens, draw.keep_indices
@@ -150,27 +151,26 @@ class PositionMask(Follower):
     needed = "the encoder whose layers compute the positions"
     name = "gaussmask_draw"
 
-    def install(self) -> list[RemovableHandle]:
-        layers: Any = self.module.layer
+    def install(self, module: nn.Module) -> None:
+        layers: Any = module.layer
         self.argument: Argument = Argument.of(layers[0], "position_mask")
         self.takes_keywords: bool = "kwargs" in inspect.signature(layers[0].forward).parameters
-        return [
-            self.module.register_forward_pre_hook(self.hand, with_kwargs=True),
-            *(layer.register_forward_pre_hook(self.before, with_kwargs=True) for layer in layers),
-        ]
+        self.link.before(module, self.hand)
+        for layer in layers:
+            self.link.before(layer, self.before)
 
     def hand(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        if not (self.seam.drop.active and self.takes_keywords):
+        if not (self.active and self.takes_keywords):
             return None
-        return args, {**kwargs, self.name: self.seam.draw}
+        return args, {**kwargs, self.name: self.now.draw}
 
     def before(self, layer: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         draw = kwargs.get(self.name)
         if draw is None:
-            draw = self.seam.current_draw()
+            draw = self.current_draw()
             if draw.keep_indices is not None and layer.gradient_checkpointing and layer.training:
                 raise UnsupportedModelError(
-                    f"{self.seam.host_name} with gradient checkpointing would be recomputed with the positions of a "
+                    f"{self.host_name} with gradient checkpointing would be recomputed with the positions of a "
                     "later forward in this version of transformers: upgrade to 5.6, or turn checkpointing off"
                 )
         if draw.keep_indices is None:
@@ -182,11 +182,11 @@ class PositionMask(Follower):
 class NeedsAllPatches(Follower):
     """A module that would read the kept patches as if they were all patches in their order."""
 
-    def install(self) -> list[RemovableHandle]:
-        return [self.module.register_forward_pre_hook(self.before)]
+    def install(self, module: nn.Module) -> None:
+        self.link.before(module, self.before)
 
     def before(self, module: nn.Module, args: Args) -> None:
-        if self.seam.draw.keep_indices is not None:
+        if self.now.draw.keep_indices is not None:
             raise UnsupportedModelError(
                 f"{type(module).__name__} needs every patch of the image, and some were dropped: leave it out "
                 "(skip_predictor=True), or call the model in eval mode"

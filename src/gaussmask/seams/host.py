@@ -5,25 +5,21 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from .link import Helper
 from .pixels import PixelStage
 from .unsupported import UnsupportedModelError
 
 OWN_GRIDS = "A Gaussian on each image's own grid; padding is kept last."
 
 
-class Follower:
-    """A hook at something that has one row per patch or per token, and loses the rows of the dropped patches."""
+class Follower(Helper):
+    """Hooks at something that has one row per patch or per token, and loses the rows of the dropped patches."""
 
     what = ""  # in words, for `describe`
     needed = ""  # what a host lacks without it
 
-    def __init__(self, seam: Any, module: nn.Module) -> None:
-        self.seam = seam
-        self.module = module
-
-    def install(self) -> list[RemovableHandle]:
+    def install(self, module: nn.Module) -> None:
         raise NotImplementedError
 
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..drops.base import PatchDropout
-from .changes import OURS, is_ours
+from .link import Linked
 
-LIBRARIES = (OURS, "open_clip", "timm", "torch", "transformers")
+LIBRARIES = (__name__.partition(".")[0], "open_clip", "timm", "torch", "transformers")
 PROJECTIONS = (nn.Conv2d, nn.Conv3d, nn.Linear)
 # What may lie between a projection and the tokens besides: none of it changes them, or all of it is position.
 HARMLESS = ("Identity", "Embedding", "InterpolateInitialPositionEmbeddings")
@@ -89,7 +89,7 @@ def foreign_hooks(module: nn.Module) -> list[Any]:
 
 
 def is_harmless(hook: Any) -> bool:
-    if is_ours(hook):
+    if isinstance(getattr(hook, "__self__", None), Linked):
         return True
     defined_in = type(getattr(hook, "__self__", hook)).__module__
     if defined_in == "builtins":  # a plain function

@@ -11,6 +11,7 @@ from .call import Argument
 from .embeddings import HookSeam
 from .host import Place
 from .image_paths import OWN_POSITIONS, PACKED, Gemma4Images, OneShape
+from .link import Helper, Link, Linked
 from .patches import Flat
 from .pixels import PixelStage
 from .seam import Seam
@@ -41,7 +42,6 @@ class FlattenedPatchesSeam(HookSeam):
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = OWN_POSITIONS
     masks_refused: ClassVar[tuple[str, ...]] = ("attn_mask",)
-    given_mask: Tensor | None = None
 
     def flat_patches(self, place: Place) -> Flat | None:
         configs: Any = (getattr(module, "config", None) for module in (place.module, *reversed(place.owners)))
@@ -52,11 +52,11 @@ class FlattenedPatchesSeam(HookSeam):
         return None
 
     def take_mask(self, attention_mask: Tensor | None) -> None:
-        self.given_mask = attention_mask
+        self.now.padding_mask = attention_mask
 
     def facts(self, args: Args, kwargs: Kwargs, rest: list[Any]) -> dict[str, Any]:
         patches = args[0] if args else kwargs["flattened_patches"]
-        mask, self.given_mask = self.given_mask, None
+        mask, self.now.padding_mask = self.now.padding_mask, None
         valid = patches.sum(dim=-1) != 0 if mask is None else mask.bool()  # as the host tells it
         positions = patches[..., :2].long()
         far = positions.masked_fill(~valid.unsqueeze(-1), positions.shape[1])
@@ -86,12 +86,10 @@ class MaskFromOutsideSeam(HookSeam):
         super().install(place)
         self.shapes: Argument = Argument.of(place.module, "spatial_shapes")
         self.flat: Flat = self.flat_patches(place)
-        self.embed: tuple[nn.Module, ...] = (place.module,)  # in a tuple, for it is no part of the seam
-        self.kept_mask: Tensor | None = None  # on its way from the outermost module to the embeddings
         for owner in place.owners:
             mask = next((name for name in PADDING_MASKS if Argument.known(owner, name)), None)
             if mask and Argument.known(owner, "spatial_shapes"):
-                self.changes.hook(owner.register_forward_pre_hook(MaskGate(self, owner, mask), with_kwargs=True))
+                self.link.before(owner, MaskGate(self.link, owner, mask).before)
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """A forward begins at the gate."""
@@ -100,7 +98,8 @@ class MaskFromOutsideSeam(HookSeam):
     def draw_patches(self, images: Tensor, shapes: Tensor, valid: Tensor) -> Tensor:
         """The kept patches, drawn before the embeddings; `images` are flattened patches (B, N, numbers)."""
         batch_size, num_patches = valid.shape
-        self.draw.num_patches = num_patches
+        draw = self.new_draw()
+        draw.num_patches = num_patches
         facts = own_grids(positions_on_grids(shapes, num_patches), valid)
         self.agreed("num_prefix_tokens", self.num_prefix_tokens)
         self.agree_to_own_grids(facts)
@@ -108,10 +107,11 @@ class MaskFromOutsideSeam(HookSeam):
             facts["pixels"] = self.flat.unflatten(images)
         if "tokens" in self.drop.asks_for:  # made for the draw alone, and once more in their place
             with torch.no_grad():
-                facts["tokens"] = type(self.embed[0]).forward(self.embed[0], images, shapes)
-        keep_indices = self.drop.draw(batch_size, num_patches, None, **facts)
-        self.draw.keep_indices = keep_indices
-        return keep_indices
+                facts["tokens"] = type(self.link.host).forward(self.link.host, images, shapes)
+            self.now.pending = False
+        draw.keep_indices = self.drop.draw(batch_size, num_patches, None, **facts)
+        self.now.draw = draw
+        return draw.keep_indices
 
     def facts(self, args: Args, kwargs: Kwargs, rest: list[Any]) -> dict[str, Any]:
         shapes, num_patches = self.shapes.read(args, kwargs), args[0].shape[1]
@@ -121,36 +121,36 @@ class MaskFromOutsideSeam(HookSeam):
     def drop_tokens(
         self, x: Tensor, num_prefix_tokens: int | None = None, **facts: Any
     ) -> tuple[Tensor, Tensor | None]:
-        keep_indices = self.draw.keep_indices
-        if self.kept_mask is None or keep_indices is None:
+        now = self.now
+        keep_indices = now.draw.keep_indices
+        if now.padding_mask is None or keep_indices is None:
             return super().drop_tokens(x, num_prefix_tokens, **facts)
-        self.kept_mask = None
+        now.padding_mask = now.entering = None
         self.guard.reached()
-        if self.caught is not None:
-            self.caught.entering = None
-        return self.take(x, keep_indices, self.num_prefix_tokens), keep_indices
+        images = None if self.pixels is None else self.pixels.take()
+        return self.take(x, images, keep_indices, self.num_prefix_tokens), keep_indices
 
 
-class MaskGate:
-    """Forward pre-hook of a module that takes in the padding mask: draws, and passes on that of the kept patches."""
+class MaskGate(Helper):
+    """Before a module that takes in the padding mask: draws, and passes on the mask of the kept patches."""
 
-    def __init__(self, seam: MaskFromOutsideSeam, module: nn.Module, mask: str) -> None:
-        self.seam = seam
+    def __init__(self, link: Link, module: nn.Module, mask: str) -> None:
+        super().__init__(link)
         self.mask: Argument = Argument.of(module, mask)
         self.shapes: Argument = Argument.of(module, "spatial_shapes")
         self.images: Argument = Argument.of(module, "pixel_values")
 
-    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        seam, mask = self.seam, self.mask.read(args, kwargs)
-        if mask is not None and mask is seam.kept_mask:
-            return None  # an outer gate was here
-        seam.draw, seam.kept_mask = seam.new_draw(), None
+    def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        seam, now, mask = self.seam, self.now, self.mask.read(args, kwargs)
+        if seam is None or (mask is not None and mask is now.padding_mask):  # or an outer gate was here
+            return None
+        now.draw, now.padding_mask = seam.new_draw(), None
         if mask is None or not seam.drop.active:
             return None
         images, shapes = self.images.read(args, kwargs), self.shapes.read(args, kwargs)
         keep_indices = seam.draw_patches(images, shapes, mask.bool())
-        seam.kept_mask = mask.gather(1, keep_indices)
-        return self.mask.write(args, kwargs, seam.kept_mask)
+        now.padding_mask = mask.gather(1, keep_indices)
+        return self.mask.write(args, kwargs, now.padding_mask)
 
 
 class PositionsInOutputSeam(HookSeam):
@@ -170,37 +170,37 @@ class PositionsInOutputSeam(HookSeam):
         super().install(place)
         for owner in place.owners:
             if hasattr(owner, "forward_head"):
-                self.changes.put(owner, "forward_head", KeptPool(self, owner))
+                self.link.put(owner, "forward_head", KeptPool(self.link, owner))
 
     def watch_grid(self, module: nn.Module, args: Args, output: Any) -> None:
         images, embeddings = args[0], cast("Any", module)
         if isinstance(images, Tensor) and images.ndim == 4 and output[2] is None:
-            self.grid_size: tuple[int, ...] | None = tuple(
+            self.now.grid_size = tuple(
                 side // patch for side, patch in zip(images.shape[-2:], embeddings.patch_size, strict=True)
             )
 
     def facts(self, args: Args, kwargs: Kwargs, rest: list[Any]) -> dict[str, Any]:
         positions, padding = rest
-        return {} if self.grid_size else own_grids(positions.flip(-1), None if padding is None else ~padding)
+        return {} if self.now.grid_size else own_grids(positions.flip(-1), None if padding is None else ~padding)
 
     def after_tokens(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         tokens, positions, padding = super().after_tokens(module, args, kwargs, output)
-        keep_indices = self.draw.keep_indices
+        keep_indices = self.now.draw.keep_indices
         if keep_indices is not None:
             positions = positions.take_along_dim(keep_indices.unsqueeze(-1), 1)
             padding = None if padding is None else padding.gather(1, keep_indices)
         return tokens, positions, padding
 
 
-class KeptPool:
+class KeptPool(Linked):
     """Stands before the `forward_head` of a classifier, which pools the tokens by a mask over all patches."""
 
-    def __init__(self, seam: Seam, classifier: Any) -> None:
-        self.seam = seam
+    def __init__(self, link: Link, classifier: Any) -> None:
+        self.link = link
         self.classifier = classifier
 
     def __call__(self, x: Tensor, patch_valid: Tensor | None = None, **kwargs: Any) -> Tensor:
-        keep_indices = self.seam.draw.keep_indices
+        keep_indices = self.link.now.draw.keep_indices
         if patch_valid is not None and keep_indices is not None:
             patch_valid = patch_valid.gather(1, keep_indices)
         return type(self.classifier).forward_head(self.classifier, x, patch_valid=patch_valid, **kwargs)
@@ -221,23 +221,22 @@ class PackedSeam(Seam):
         self.tokens: Argument = Argument.of(transformer, "inputs_embeds")
         self.mask: Argument = Argument.of(transformer, "attention_mask")
         self.rotary: Argument = Argument.of(transformer, "position_embeddings")
-        self.grids: list[tuple[int, ...]] | None = None
-        self.changes.hook(place.module.register_forward_pre_hook(self.begin, with_kwargs=True))
-        self.changes.hook(transformer.register_forward_pre_hook(self.before_transformer, with_kwargs=True))
+        self.link.before(place.module, self.relay.begin)
+        self.link.before(transformer, self.relay.before_transformer)
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         self.arguments.check(kwargs)
         sizes = self.image_sizes.read(args, kwargs)
         sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
         patch = cast("Any", module).patch_size
-        self.grids = sizes and [tuple(int(side) // patch for side in size) for size in sizes]
+        self.now.grids = sizes and [tuple(int(side) // patch for side in size) for size in sizes]
 
     def watch_grid(self, module: nn.Module, args: Args, output: Tensor) -> None:
-        if self.grids is None:
-            self.grids = [tuple(output.shape[2:])] * len(output)
+        if self.now.grids is None:
+            self.now.grids = [tuple(output.shape[2:])] * len(output)
 
     def before_transformer(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        grids, self.grids = self.grids, None
+        grids, self.now.grids = self.now.grids, None
         self.guard.reached()
         x = self.tokens.read(args, kwargs)
         if not self.drop.active:
@@ -276,7 +275,7 @@ class PackedSeam(Seam):
         """What the rule asks for, (1, N of all images, ...)."""
         asked: dict[str, Any] = {"tokens": x} if "tokens" in self.drop.asks_for else {}
         if self.caught is not None:
-            patch_height, patch_width = cast("Any", self.caught.projection).kernel_size
+            patch_height, patch_width = self.link.projection.kernel_size
             own = (  # of images that are padded to one size
                 image[:, : height * patch_height, : width * patch_width]
                 for image, (height, width) in zip(self.caught.take_entering(), grids, strict=True)

@@ -4,7 +4,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..sampling.grids import own_grids
 from .host import Place
@@ -42,7 +41,7 @@ class TimmSeam(Seam):
     def watch_grid(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         # The grid_size of the config is not the true one for dynamic sizes; those come out as (B, H, W, D).
         patch_embed: Any = module
-        self.grid_size: tuple[int, ...] | None = tuple(
+        self.now.grid_size = tuple(
             output.shape[1:3] if output.ndim == 4 else patch_embed.dynamic_feat_size(args[0].shape[-2:])
         )
 
@@ -68,9 +67,8 @@ class NaFlexSeam(Seam):
         embeds: Any = place.module.get_submodule(place.host.patch_embedding)
         return Flat(tuple(embeds.patch_size), getattr(embeds, "channels_last", True))
 
-    def watch(self, patch_embedding: nn.Module) -> RemovableHandle:
-        self.patches: dict[str, Any] = {}
-        return patch_embedding.register_forward_hook(self.watch_embeds, with_kwargs=True)
+    def watch(self, patch_embedding: nn.Module) -> None:
+        self.link.after(patch_embedding, self.relay.watch_embeds)
 
     def watch_embeds(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.drop.active and not module.training:
@@ -81,12 +79,13 @@ class NaFlexSeam(Seam):
         if not module.training:
             self.drop.keep_indices = None  # the seam, which would say so, is skipped
             return
-        self.grid_size: tuple[int, ...] | None = output[1]
-        self.patches = {} if self.grid_size else own_grids(kwargs["patch_coord"], kwargs.get("patch_valid"))
+        grid_size = output[1]
+        self.now.grid_size = grid_size
+        self.now.facts = None if grid_size else own_grids(kwargs["patch_coord"], kwargs.get("patch_valid"))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        patches, self.patches = self.patches, {}
-        x, keep_indices = self.drop_tokens(x, **patches)
+        facts, self.now.facts = self.now.facts, None
+        x, keep_indices = self.drop_tokens(x, **(facts or {}))
         if keep_indices is None:
             num_patches = x.shape[1] - self.num_prefix_tokens
             keep_indices = torch.arange(num_patches, device=x.device).expand(x.shape[0], -1)

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
-from ..drops.base import PatchDropout
 from ..sampling.patches import cut_all_patches
+from .link import Helper, Link
 from .unsupported import UnsupportedModelError
 
 
@@ -72,38 +71,33 @@ def why_not_cut(patch_embedding: nn.Module, projection: nn.Module, flat: Flat | 
     return None
 
 
-class CaughtPatches:
+class CaughtPatches(Helper):
     """Catches what enters the projection of a host in each forward, and cuts it into patches once."""
 
-    def __init__(self, drop: PatchDropout, host_name: str, projection: nn.Module, flat: Flat | None) -> None:
-        self.drop = drop
-        self.host_name = host_name
-        self.projection = projection
+    def __init__(self, link: Link, flat: Flat | None) -> None:
+        super().__init__(link)
         self.flat = flat
-        self.entering: Tensor | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "entering": None}
-
-    def install(self) -> list[RemovableHandle]:
-        return [self.projection.register_forward_pre_hook(self.before_projection)]
+    def install(self, projection: nn.Module) -> None:
+        self.link.anchor("projection", projection)
+        self.link.before(projection, self.before_projection)
 
     def before_projection(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.entering = args[0].detach() if self.drop.active else None
+        self.now.entering = args[0].detach() if self.active else None
 
     def take(self) -> Tensor:
         """(B, N, C, h, w), of the forward that is running."""
         return self.cut(self.take_entering())
 
     def cut(self, entering: Tensor) -> Tensor:
-        return cut_entering(entering, plain(self.projection), self.flat)
+        return cut_entering(entering, plain(self.link.projection), self.flat)
 
     def take_entering(self) -> Tensor:
         """What entered the projection in the forward that is running."""
-        entering, self.entering = self.entering, None
+        entering, self.now.entering = self.now.entering, None
         if entering is None:
             raise UnsupportedModelError(
-                f"{type(self.drop).__name__} asks for pixels, but nothing entered the projection that {self.host_name} "
-                "had at attach: if it was replaced, attach again"
+                f"{type(self.drop).__name__} asks for pixels, but nothing entered the projection that "
+                f"{self.host_name} had at attach: if it was replaced, attach again"
             )
         return entering

@@ -10,17 +10,16 @@ makes a token more than such a sum (a norm, dropout, positions that differ from 
 """
 
 import inspect
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
-from ..drops.base import PatchDropout
 from ..sampling.patches import take_drawn_patches
 from ..sampling.tokens import take_drawn_tokens, token_indices
+from .link import Helper, Link
 from .obstacles import obstacle_in_methods, obstacle_in_projection, obstacle_on_the_way
 from .patches import Flat, cut_entering, padding_of
 from .unsupported import cannot_drop_pixels
@@ -29,16 +28,25 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-class PixelStage:
+class Images(NamedTuple):
+    """Images on their way round the projection, and the part of a blank one that it was given in their place."""
+
+    images: Tensor
+    blank: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        return self.images.shape[0]
+
+
+class PixelStage(Helper):
     """How a host drops pixels: in this class, an embedding module that is given the blank image itself.
 
     `image_paths` has the other ways in.
 
     Args:
-        host: the host, which is also what is given the blank image.
-        host_name: the class that a user knows.
+        link: to the seam and to the host, which is also what is given the blank image.
         projection: path of the projection, below the host.
-        drop: the drop that the seam carries.
         flat: how patches lie that enter the projection flattened.
     """
 
@@ -47,20 +55,19 @@ class PixelStage:
     steps: tuple[str, ...] = ("forward",)  # methods of the host on the way from the image to the tokens
     only = ""  # the calls that can drop pixels, where not all can
 
-    def __init__(
-        self, host: nn.Module, host_name: str, projection: str, drop: PatchDropout, flat: Flat | None = None
-    ) -> None:
-        self.host = host
-        self.host_name = host_name
+    def __init__(self, link: Link, projection: str, flat: Flat | None = None) -> None:
+        super().__init__(link)
         self.projection_path = projection
-        self.projection: nn.Module = host.get_submodule(projection)
-        self.drop = drop
         self.flat = flat
-        self.images: Tensor | None = None  # on their way from the entry to the seam
-        self.blank: Tensor | None = None  # what the projection was given in place of the images
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "images": None, "blank": None}
+    @property
+    def host(self) -> nn.Module:
+        return self.link.host
+
+    @property
+    def projection(self) -> nn.Module:
+        """The one that the host had at attach."""
+        return self.link.projection
 
     # What stands in the way
 
@@ -68,7 +75,7 @@ class PixelStage:
         """Why tokens are not a linear map of their patch and something common to all images; None if they are."""
         projection = self.host.get_submodule(self.projection_path)
         return (
-            obstacle_in_projection(projection, expected=self.projection)
+            obstacle_in_projection(projection, expected=self.link.projection or projection)
             or obstacle_in_methods(self.host, self.steps)
             or obstacle_on_the_way(self.host, self.within, projection)
         )
@@ -84,24 +91,30 @@ class PixelStage:
         """The module that is given the blank image."""
         return self.host.get_submodule(self.entry_path)
 
-    def install(self) -> list[RemovableHandle]:
+    def install(self, projection: nn.Module) -> None:
+        self.link.anchor("projection", projection)
         self.first: str = next(iter(inspect.signature(self.entry.forward).parameters))
-        return [
-            self.entry.register_forward_pre_hook(self.before_entry, with_kwargs=True),
-            self.projection.register_forward_pre_hook(self.before_projection),
-            self.projection.register_forward_hook(self.after_projection),
-        ]
+        self.link.before(self.entry, self.before_entry)
+        self.link.before(projection, self.before_projection)
+        self.link.after(projection, self.after_projection)
 
-    def before_entry(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        """Forward pre-hook: one blank image instead of the batch."""
-        self.images = self.blank = None
-        if not self.drop.active:
+    def before_entry(self, module: nn.Module, args: Args, kwargs: Kwargs | None = None) -> Any:
+        """Forward pre-hook: one blank image instead of the batch.
+
+        Without keywords where the module swaps of torch.ao have registered it anew.
+        """
+        now = self.now
+        now.images = now.blank = None
+        if not self.active:
             return None
         self.check()
-        images = args[0] if args else kwargs[self.first]
-        others = self.others_for_one(args[1:], {name: value for name, value in kwargs.items() if name != self.first})
-        self.images = self.arranged(images)
+        named = kwargs or {}
+        images = args[0] if args else named[self.first]
+        others = self.others_for_one(args[1:], {name: value for name, value in named.items() if name != self.first})
+        now.images = self.arranged(images)
         blank = images.new_zeros(1, *images.shape[1:])
+        if kwargs is None:
+            return (blank, *others[0])
         return ((blank, *others[0]), others[1]) if args else ((), {self.first: blank, **others[1]})
 
     def others_for_one(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
@@ -118,21 +131,22 @@ class PixelStage:
 
     def before_projection(self, module: nn.Module, args: Args) -> Args | None:
         """Forward pre-hook: the patches of a blank image are all alike, so that one of them is enough."""
-        if self.images is None:
+        if self.now.images is None:
             return None
-        self.blank = args[0]
+        self.now.blank = blank = args[0]
         if isinstance(module, nn.Linear):
-            return (self.blank[:, :1],)
+            return (blank[:, :1],)
         one = (slice(None), slice(None), *(slice(side) for side in cast("Any", module).kernel_size))
-        return (self.blank[one],)
+        return (blank[one],)
 
     def after_projection(self, module: nn.Module, args: Args, output: Tensor) -> Tensor | None:
         """Forward hook: what became of one patch, for all of them."""
-        if self.images is None or self.blank is None:
+        blank = self.now.blank
+        if blank is None:
             return None
         if isinstance(module, nn.Linear):
-            return output.repeat(1, self.blank.shape[1], 1)
-        conv, sides = cast("Any", module), self.blank.shape[2:]
+            return output.repeat(1, blank.shape[1], 1)
+        conv, sides = cast("Any", module), blank.shape[2:]
         axes = zip(sides, padding_of(conv), conv.kernel_size, conv.stride, strict=True)
         grid_size = [(side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in axes]
         one = (slice(None), slice(None), *(slice(1) for _ in sides))
@@ -144,25 +158,33 @@ class PixelStage:
 
     # The tokens come out
 
-    @property
-    def batch_size(self) -> int:
-        """Of the images on their way; raises where there are none."""
-        if self.images is None or self.blank is None:
+    def take(self) -> Images:
+        """The images on their way; raises where there are none."""
+        now = self.now
+        images, blank = now.images, now.blank
+        now.images = now.blank = None
+        if images is None or blank is None:
             self.check()
             raise cannot_drop_pixels(
                 self.host_name, "it reached its patch dropout, but no images had gone through its embedding"
             )
-        return self.images.shape[0]
+        return Images(images, blank)
 
-    def embed(self, table: Tensor, keep_indices: Tensor, num_prefix_tokens: int, num_suffix_tokens: int) -> Tensor:
+    def embed(
+        self,
+        taken: Images,
+        table: Tensor,
+        keep_indices: Tensor,
+        num_prefix_tokens: int,
+        num_suffix_tokens: int,
+    ) -> Tensor:
         """The tokens (B, P + K + S, D) of the prefix, the kept patches and the suffix.
 
         Args:
             table: (1, P + N + S, D), the host's embedding of the blank image.
             keep_indices: (B, K), counted over the patches.
         """
-        images, blank = cast("Tensor", self.images), cast("Tensor", self.blank)
-        self.images = self.blank = None
+        images, blank = taken
         if len(table) != 1 or self.shape_at_projection(images) != blank.shape[1:]:
             raise cannot_drop_pixels(
                 self.host_name,
@@ -178,10 +200,9 @@ class PixelStage:
         projected = project_patches(patches, self.weight)
         return constant + F.pad(projected, (0, 0, num_prefix_tokens, num_suffix_tokens))
 
-    def all_patches(self) -> Tensor:
+    def all_patches(self, taken: Images) -> Tensor:
         """All patches (B, N, C, h, w) of the images on their way, for a rule that asks for pixels."""
-        images, blank = cast("Tensor", self.images), cast("Tensor", self.blank)
-        return self.cut(images.detach()).to(blank.dtype)
+        return self.cut(taken.images.detach()).to(taken.blank.dtype)
 
     def cut(self, images: Tensor) -> Tensor:
         """The patches of images, as they would enter the projection."""

@@ -1,13 +1,13 @@
 """What every seam does: it carries the drop into a host, tells it what the host knows, and returns the kept tokens.
 
-    attach:  Seam(drop, place) --> check --> install --> hooks and attributes, in `changes`
+    attach:  Seam(drop, place) --> check --> install --> hooks and stand-ins in the host, tied to the seam by a `link`
     forward: the grid is watched --> drop_tokens --> the drop draws --> take --> kept tokens --> the host's blocks
 
 A seam is a parameter-free module that sits in the host. What the host holds beside the tokens, with one row for each,
 loses the same rows: the followers, which ask for the `current_draw`.
 
-Hooks are bound methods of the seam, or of objects that it holds, and all of them lie in the host. So deep copies and
-pickles of a host have a seam, a drop and hooks of their own.
+All of it lies in the host, so that deep copies and pickles of a host have a seam, a drop and hooks of their own. What
+one forward leaves for its later steps is in `now`.
 """
 
 import math
@@ -15,21 +15,45 @@ import weakref
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..drops.base import PatchDropout
 from ..sampling.checks import plain_number
 from ..sampling.tokens import take_drawn_tokens
-from .call import Draw
-from .changes import Changes
+from .call import Draw, Forward
 from .guards import MustReachDrop, NoDenseMaps, TokenArguments
 from .host import Place
+from .link import Helper, Link, Linked
 from .patches import CaughtPatches, Flat, why_not_cut
-from .pixels import PixelStage
+from .pixels import Images, PixelStage
 from .unsupported import UnsupportedModelError, cannot_drop_pixels
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
-class Seam(nn.Module):
+
+class Relay(Helper):
+    """The hooks that are methods of the seam; see `Seam`, `HookSeam`, `NaFlexSeam` and `PackedSeam`."""
+
+    def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        if (seam := self.seam) is not None:
+            seam.begin(module, args, kwargs)
+
+    def watch_grid(self, module: nn.Module, args: Args, output: Any) -> None:
+        if (seam := self.seam) is not None:
+            seam.watch_grid(module, args, output)
+
+    def watch_embeds(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+        if (seam := self.seam) is not None:
+            seam.watch_embeds(module, args, kwargs, output)
+
+    def after_tokens(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        return None if (seam := self.seam) is None else seam.after_tokens(module, args, kwargs, output)
+
+    def before_transformer(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        return None if (seam := self.seam) is None else seam.before_transformer(module, args, kwargs)
+
+
+class Seam(nn.Module, Linked):
     """A module that sits in the host, called with the tokens; returns those that are kept.
 
     Args:
@@ -51,39 +75,40 @@ class Seam(nn.Module):
         self.num_prefix_tokens: int = host.count(host.prefix, place.module)
         self.num_suffix_tokens: int = host.count(host.suffix, place.module)
         self.replaced: nn.Module | None = None  # the host's own patch dropout, which goes on following its mode
-        self.changes: Changes = Changes()
-        self.guard: MustReachDrop = MustReachDrop(drop, place.name)
-        self.arguments: TokenArguments = TokenArguments(drop, place.name, self.masks_refused)
-        self.grid_size: tuple[int, ...] | None = None  # of the forward that is running
-        self.draw: Draw = self.new_draw()  # the latest
-        self.begun: Draw | None = None  # one that is handed on before it is drawn
+        self.link: Link = Link()
+        self.link.seam, self.link.host = self, place.module
+        self.relay: Relay = Relay(self.link)
+        self.guard: MustReachDrop = MustReachDrop(self.link)
+        self.arguments: TokenArguments = TokenArguments(self.link)
         pixels = self.pixel_stage(place) if stage == "pixels" else None
         if isinstance(pixels, str):
             raise cannot_drop_pixels(place.name, pixels)
         self.pixels = pixels
         self.caught: CaughtPatches | None = None  # for a rule that asks for pixels
         if "pixels" in drop.asks_for and pixels is None:
-            projection = place.module.get_submodule(self.projection_path(place))
-            self.caught = CaughtPatches(drop, place.name, projection, self.flat_patches(place))
+            self.caught = CaughtPatches(self.link, self.flat_patches(place))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.link.seam = self
         self.drop._seam = weakref.ref(self)  # the copied drop sits in the copied host
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "grid_size": None, "draw": self.new_draw(), "begun": None}
 
     def __prepare_scriptable__(self) -> Any:  # what torch.jit.script asks for
         raise UnsupportedModelError(
             f"{self.host_name} carries a drop, whose hooks torch.jit.script does not compile: detach first"
         )
 
+    @property
+    def now(self) -> Forward:
+        """What the forward that is running has left so far."""
+        return self.link.now
+
     def new_draw(self) -> Draw:
         return Draw(self.num_prefix_tokens, self.num_suffix_tokens)
 
     def begin_draw(self) -> None:
         """Hand a draw on before it is drawn."""
-        self.draw = self.begun = self.new_draw()
+        self.now.draw = self.now.begun = self.new_draw()
 
     # Before the installation
 
@@ -92,7 +117,7 @@ class Seam(nn.Module):
         stage = place.host.pixels or self.pixels_by_default
         if isinstance(stage, str):
             return stage
-        return stage(place.module, place.name, self.projection_path(place), self.drop, self.flat_patches(place))
+        return stage(self.link, self.projection_path(place), self.flat_patches(place))
 
     def projection_path(self, place: Place) -> str:
         """Of the projection, below the host."""
@@ -151,42 +176,45 @@ class Seam(nn.Module):
 
     def install(self, place: Place) -> None:
         """Sit down in the host and watch the module that shows the grid."""
-        module, host, changes = place.module, place.host, self.changes
+        module, host, link, seat = place.module, place.host, self.link, self.seat(place)
         self.drop._seam = weakref.ref(self)
-        self.replaced = changes.put(self.seat(place), host.patch_dropout, self)
+        replaced = seat._modules.get(host.patch_dropout)
+        link.put(seat, host.patch_dropout, self)
+        link.anchor("host", module)
+        self.replaced = replaced
+        projection = module.get_submodule(self.projection_path(place))
         if self.pixels is not None:
-            changes.hook(*self.pixels.install())
+            self.pixels.install(projection)
         if self.caught is not None:
-            changes.hook(*self.caught.install())
-        patch_embedding = module.get_submodule(host.patch_embedding)
-        changes.hook(*self.guard.watch_embedding(patch_embedding), self.watch(patch_embedding))
-        if (block := place.first_block()) is not None:
-            changes.hook(*self.guard.watch_block(block))
-            if self.blocks_take_arguments:
-                changes.hook(block.register_forward_pre_hook(self.arguments.before_block, with_kwargs=True))
+            self.caught.install(projection)
+        patch_embedding, first_block = module.get_submodule(host.patch_embedding), place.first_block()
+        self.guard.watch_parts(patch_embedding, first_block)
+        self.watch(patch_embedding)
+        if first_block is not None and self.blocks_take_arguments:
+            link.before(first_block, self.arguments.before_block)
         for class_name, follower in host.followers.items():
             for part in place.within(class_name):
-                changes.hook(*follower(self, part).install())
+                follower(link).install(part)
         if hasattr(module, "forward_intermediates"):
-            changes.put(module, "forward_intermediates", NoDenseMaps(module, self.drop))
+            link.put(module, "forward_intermediates", NoDenseMaps(link, module))
 
     def watch_forward(self, place: Place) -> None:
         """Raise when a forward ends without the drop: the last to be installed."""
-        self.changes.hook(*self.guard.watch_forward(place.outermost, place.tower))
+        self.guard.watch_forward(place.outermost, place.tower)
 
     def remove(self) -> None:
-        """Leave the host as `install` found it."""
-        self.changes.undo()
+        """Part from the host, and leave it as `install` found it; in a copy, `take_off` has to go round its modules."""
+        self.link.cut()
         self.drop._seam = None
 
     # What the host tells
 
-    def watch(self, patch_embedding: nn.Module) -> RemovableHandle:
-        return patch_embedding.register_forward_hook(self.watch_grid)
+    def watch(self, patch_embedding: nn.Module) -> None:
+        self.link.after(patch_embedding, self.relay.watch_grid)
 
     def watch_grid(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of a convolution: its output is the grid, of an image (H, W) or of a video (T, H, W)."""
-        self.grid_size = tuple(output.shape[2:])
+        self.now.grid_size = tuple(output.shape[2:])
 
     def agreed(self, name: str, host_value: Any) -> Any:
         """The host's value of a drop's argument, which a value of the drop's own must not contradict."""
@@ -207,33 +235,37 @@ class Seam(nn.Module):
 
     def current_draw(self) -> Draw:
         """The draw of the forward that is running, for what the host makes after it."""
-        if self.draw.keep_indices is None and self.drop.active:
+        draw = self.now.draw
+        if draw.keep_indices is None and self.drop.active:
             raise UnsupportedModelError(
                 f"{self.host_name} asked for positions before its patches were dropped, an order that gaussmask does "
                 "not know: this version of its library is not supported yet"
             )
-        return self.draw
+        return draw
 
     def drop_tokens(
         self, x: Tensor, num_prefix_tokens: int | None = None, **facts: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Drop tokens as told by `facts` (see `PatchDropout.draw`), or by the grid that was watched."""
         self.guard.reached()
-        watched, self.grid_size = self.grid_size, None  # true for one forward only
+        now = self.now
+        watched, now.grid_size = now.grid_size, None  # true for one forward only
         prefix = self.agreed("num_prefix_tokens", self.num_prefix_tokens)
         prefix = prefix if num_prefix_tokens is None else num_prefix_tokens
         # Never the draw of a forward before: a layer that is recomputed may still need it as it is.
-        draw, self.begun = self.begun or self.new_draw(), None
+        draw, now.begun = now.begun or self.new_draw(), None
         draw.num_patches = plain_number(x.shape[1]) - prefix - self.num_suffix_tokens
-        self.draw = draw
+        now.draw = draw
         if facts:
             self.agree_to_own_grids(facts)
         if not self.drop.active:
             self.drop.keep_indices = None
             return x, None
         facts = facts or {"grid_size": self.agreed("grid_size", self.known_grid(watched))}
-        draw.keep_indices = self.ask_drop(x, prefix, draw.num_patches, **facts)
-        return self.take(x, draw.keep_indices, prefix), draw.keep_indices
+        images = None if self.pixels is None else self.pixels.take()
+        draw.keep_indices = self.ask_drop(x, prefix, draw.num_patches, images, **facts)
+        now.draw = draw  # a rule may have called the model meanwhile
+        return self.take(x, images, draw.keep_indices, prefix), draw.keep_indices
 
     def known_grid(self, watched: tuple[int, ...] | None) -> tuple[int, ...]:
         if watched is None:
@@ -244,10 +276,16 @@ class Seam(nn.Module):
         return tuple(plain_number(side) for side in watched)
 
     def ask_drop(
-        self, x: Tensor, prefix: int, num_patches: int, grid_size: tuple[int, ...] | None = None, **facts: Any
+        self,
+        x: Tensor,
+        prefix: int,
+        num_patches: int,
+        images: Images | None,
+        grid_size: tuple[int, ...] | None = None,
+        **facts: Any,
     ) -> Tensor:
-        """The kept patches (B, K), of the N that stand behind `prefix` others in `x`."""
-        batch_size = x.shape[0] if self.pixels is None else self.pixels.batch_size
+        """The kept patches (B, K), of the N that stand behind `prefix` others in `x`, or lie in `images`."""
+        batch_size = x.shape[0] if images is None else images.batch_size
         for fact, value in facts.items():  # of a blank image, where pixels are dropped
             facts[fact] = value.expand(batch_size, *value.shape[1:])
         if grid_size is not None and math.prod(grid_size) != num_patches:
@@ -258,19 +296,22 @@ class Seam(nn.Module):
             )
         if asked := self.drop.asks_for:
             if "pixels" in asked:
-                facts["pixels"] = self.patches_of_images()
+                facts["pixels"] = self.all_patches(images)
             if "tokens" in asked:
                 facts["tokens"] = x[:, prefix : prefix + num_patches]
         return self.drop.draw(batch_size, num_patches, grid_size, **facts, device=x.device)
 
-    def patches_of_images(self) -> Tensor:
+    def all_patches(self, images: Images | None) -> Tensor:
         """All patches (B, N, C, h, w) as they enter the projection, for a rule that asks for pixels."""
-        return cast("CaughtPatches", self.caught).take() if self.pixels is None else self.pixels.all_patches()
+        if self.pixels is None or images is None:
+            return cast("CaughtPatches", self.caught).take()
+        return self.pixels.all_patches(images)
 
-    def take(self, x: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
-        """The prefix, the kept patches and the suffix: of embedded tokens, or from pixels and the table `x`."""
-        take = take_drawn_tokens if self.pixels is None else self.pixels.embed
-        return take(x, keep_indices, num_prefix_tokens, self.num_suffix_tokens)
+    def take(self, x: Tensor, images: Images | None, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
+        """The prefix, the kept patches and the suffix: of embedded tokens, or from `images` and the table `x`."""
+        if self.pixels is None or images is None:
+            return take_drawn_tokens(x, keep_indices, num_prefix_tokens, self.num_suffix_tokens)
+        return self.pixels.embed(images, x, keep_indices, num_prefix_tokens, self.num_suffix_tokens)
 
     def forward(self, x: Tensor) -> Any:
         return self.drop_tokens(x)[0]
