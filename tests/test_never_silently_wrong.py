@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 from functools import partial
 
 import pytest
@@ -26,7 +27,7 @@ from hosts import (
 from oracle import TOLERANCE, difference, masked_keys, randomise
 
 import gaussmask
-from gaussmask import GaussianPatchDropout, PatchDropout, RandomPatchDropout, UnsupportedModelError
+from gaussmask import ClusterPatchDropout, GaussianPatchDropout, PatchDropout, RandomPatchDropout, UnsupportedModelError
 from gaussmask.seams.call import Argument, Draw
 from gaussmask.seams.followers import Batched, KeyMask
 from gaussmask.seams.link import Link
@@ -755,8 +756,10 @@ def test_a_forward_that_broke_off_in_another_thread_blocks_nobody():
     result(host, model, host.inputs(2))
 
 
-NESTED = [*IN_THREADS, "timm-relpos-shared", "transformers-YolosModel", "transformers-Idefics3Vision-padded", "timm-gemma4",
-          "transformers-Siglip2VisionModel-padded"]  # fmt: skip
+NESTED = [
+    *IN_THREADS, "timm-relpos-shared", "timm-gemma4", "transformers-YolosModel", "transformers-Idefics3Vision-padded",
+    "transformers-Siglip2VisionModel-padded",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "stage"), with_stages(NESTED))
@@ -778,3 +781,269 @@ def test_a_rule_may_call_the_model_in_eval_mode(name, stage):
     torch.testing.assert_close(result(host, model, inputs), expected)
     torch.testing.assert_close(inner[0], whole)
     assert drop.keep_indices.shape == (2, 18)
+
+
+# Parts, towers and layers that are not where they were
+
+
+def model_of(name, drop=None, stage="tokens"):
+    host = ALL[name]
+    model = host.build()
+    randomise(model)
+    return gaussmask.attach(model, drop or RandomPatchDropout(0.5), stage=stage), host.inputs(2)
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+@pytest.mark.parametrize("name", ["timm-vit", "open_clip-tower", "timm-relpos"])
+def test_a_patch_embedding_by_itself_embeds_every_patch_of_every_image(name, stage):
+    """As often as it is called, before, between and after forwards; a look at the patches refuses nothing."""
+    model, inputs = model_of(name, Even(0.5), stage)
+    images, path = inputs["x"], "conv1" if name.startswith("open") else "patch_embed.proj"
+    part = model.get_submodule(path)
+    expected, output = gaussmask.detach(copy.deepcopy(model)).get_submodule(path)(images), model(images)
+    for _ in range(2):
+        torch.testing.assert_close(part(images), expected)
+        torch.testing.assert_close(model(images), output)
+    if hasattr(model, "forward_features"):
+        part(images)
+        model.forward_features(images)
+    loss = model(images).sum()
+    part(images)
+    loss.backward()
+    part(images)
+    model.eval()(images)
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+def test_a_patch_embedding_that_two_towers_share(stage):
+    one, inputs = model_of("timm-vit", Even(0.5), stage)
+    other = ALL["timm-vit"].build()
+    other.patch_embed = one.patch_embed
+    expected = other.eval()(**inputs)
+    masked = one(**inputs)
+    for _ in range(3):
+        torch.testing.assert_close(other(**inputs), expected)
+    torch.testing.assert_close(one(**inputs), masked)
+
+
+def test_a_recomputation_after_a_look_at_the_patches():
+    model, inputs = model_of("timm-vit")
+    model.set_grad_checkpointing(True)
+    loss = model(**inputs).sum()
+    model.patch_embed(inputs["x"])
+    loss.backward()
+
+
+def test_positions_of_a_forward_that_is_over_or_of_another_batch_raise():
+    x = images(2)["pixel_values"]
+    model, _ = model_of("transformers-DINOv3ViTModel")
+    model(x)
+    with pytest.raises(UnsupportedModelError, match="asked for positions before its patches were dropped"):
+        model.rope_embeddings(x)
+    tokens = model.embeddings(x)
+    assert model.rope_embeddings(x)[0].shape[-2] == 18
+    assert tokens.shape[1] < 36
+    model.embeddings(x)
+    model.embeddings(x)
+    with pytest.raises(UnsupportedModelError, match="for several batches in turn"):
+        model.rope_embeddings(x)
+    assert model.eval().rope_embeddings(x)[0].shape[0] == 36
+    layers = model_of("transformers-VJEPA2Model")[0].encoder
+    clips = [ALL["transformers-VJEPA2Model"].inputs(2)["pixel_values_videos"] for _ in range(2)]
+    one, _ = (layers.embeddings(clip) for clip in clips)
+    with pytest.raises(UnsupportedModelError, match="for several batches in turn"):
+        layers.layer[0](one)
+
+
+@pytest.mark.parametrize("name", ["transformers-BeitModel", "transformers-Data2VecVisionModel-shared"])
+def test_a_forward_that_goes_round_the_hooks_it_needs_says_to_call_the_model(name):
+    model, inputs = model_of(name)
+    with pytest.raises(UnsupportedModelError, match=r"goes round: call the model, model\(\.\.\.\)"):
+        model.forward(**inputs)
+    model(**inputs)
+    model.eval().forward(**inputs)
+
+
+@pytest.mark.parametrize("name", ["transformers-ViTModel", "transformers-DINOv3ViTModel"])
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+def test_a_forward_that_goes_round_no_hook_it_needs_is_right(name, stage):
+    model, inputs = model_of(name, Even(0.5), stage)
+    torch.testing.assert_close(model.forward(**inputs)[0], model(**inputs)[0])
+    model.embeddings.eval()
+    torch.testing.assert_close(model.forward(**inputs)[0], model(**inputs)[0])
+    assert model.embeddings(inputs["pixel_values"]).shape[1] > 36, "by itself, in eval mode"
+
+
+def test_causal_attention_that_goes_round_the_tower_needs_ordered_tokens_too():
+    model, inputs = model_of("transformers-ViTModel")
+    with pytest.raises(UnsupportedModelError, match="called with is_causal"):
+        model.forward(**inputs, is_causal=True)
+    gaussmask.attached(model).ordered = True
+    model.forward(**inputs, is_causal=True)
+
+
+def test_naflex_takes_no_mask_over_all_its_tokens_and_makes_its_own():
+    padded, inputs = model_of("timm-naflex-padded")
+    with pytest.raises(UnsupportedModelError, match="NaFlexVit was called with an attn_mask over all its tokens"):
+        padded(**inputs, attn_mask=torch.ones(2, 1, 37, 37, dtype=torch.bool))
+    padded(**inputs)
+    padded.embeds.eval()
+    padded(**inputs)
+    assert gaussmask.attached(padded).keep_indices.shape == (2, 18)
+
+
+def test_v_jepa_2_takes_no_indices_of_the_whole_clip():
+    model, inputs = model_of("transformers-VJEPA2Model")
+    some = [torch.arange(10).expand(2, -1)]
+    with pytest.raises(UnsupportedModelError, match="called with context_mask, which counts the patches"):
+        model(**inputs, context_mask=some, target_mask=some)
+    model.eval()(**inputs, context_mask=some, target_mask=some)
+
+
+BESIDE = {
+    "transformers-DINOv3ViTModel": "rope_embeddings",
+    "transformers-MLCDVisionModel": "encoder",
+    "transformers-Idefics3Vision-padded": "encoder",
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_lies_beside_the_tokens_and_was_replaced_says_attach_again(name):
+    model, inputs = model_of(name)
+    other = ALL[name].build()
+    replaced = BESIDE[name]
+    path = next(path for path, _ in model.named_modules() if path.rpartition(".")[2] == replaced)
+    owner = model.get_submodule(path.rpartition(".")[0])
+    setattr(owner, replaced, other.get_submodule(path))
+    with pytest.raises(UnsupportedModelError, match=rf"{replaced} of \w+ was replaced after attach.*attach again"):
+        result(ALL[name], model, inputs)
+    result(ALL[name], gaussmask.attach(model, gaussmask.attached(model)), inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler")
+def test_layers_that_were_replaced_say_attach_again():
+    model, inputs = model_of("transformers-VJEPA2Model")
+    model.encoder.layer[1] = ALL["transformers-VJEPA2Model"].build().encoder.layer[1]
+    with pytest.raises(UnsupportedModelError, match="a layer of VJEPA2Encoder was replaced after attach: attach again"):
+        model(**inputs)
+    model, inputs = model_of("timm-beit")
+    model.blocks[1] = ALL["timm-beit"].build().blocks[1]
+    with pytest.raises(UnsupportedModelError, match="a block was replaced after attach: attach again"):
+        model(**inputs)
+    model, inputs = model_of("timm-beit")
+    with pytest.raises(UnsupportedModelError, match="a layer of Beit was called by itself"):
+        model.blocks[0](torch.randn(2, 18, 32))
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+@pytest.mark.parametrize(("name", "tower"), [("open_clip-CLIP", "visual"), ("transformers-CLIPModel", "vision_model")])
+def test_a_tower_that_was_replaced_whole_says_attach_again(name, tower, stage):
+    model, inputs = model_of(name, stage=stage)
+    own = getattr(model, tower)
+    setattr(model, tower, getattr(ALL[name].build(), tower))
+    with pytest.raises(UnsupportedModelError, match=r"had at attach was replaced by another one.*attach again"):
+        model(**inputs)
+
+    class Wrapper(torch.nn.Module):  # as FSDP, torch.compile and others put around it
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    setattr(model, tower, Wrapper(own))
+    if name == "open_clip-CLIP":
+        model(**inputs)
+        assert gaussmask.attached(model).keep_indices.shape == (2, 18)
+
+
+def test_the_ratio_of_the_hosts_own_patch_dropout_is_set_at_the_drop():
+    model, _ = model_of("open_clip-tower")
+    with pytest.raises(AttributeError, match=r"has no 'prob': set gaussmask.attached\(model\).mask_ratio"):
+        model.patch_dropout.prob = 0.0
+
+
+def test_what_prepare_qat_makes_of_a_model_runs_on_tokens_and_says_why_not_on_pixels():
+    from torch.ao import quantization
+
+    for stage in ("tokens", "pixels"):
+        model, inputs = model_of("timm-vit", stage=stage)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.qconfig = quantization.get_default_qat_qconfig("x86")
+            quantization.prepare_qat(model, inplace=True)
+        if stage == "tokens":
+            model(**inputs)
+            assert gaussmask.attached(model).keep_indices.shape == (2, 18)
+        else:
+            with pytest.raises(UnsupportedModelError, match=r"projection is a torch\.ao\.nn\.qat\S+Conv2d"):
+                model(**inputs)
+        model.eval()(**inputs)
+
+
+@pytest.mark.parametrize("make", [ClusterPatchDropout, GaussianPatchDropout])
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+def test_rules_trace_in_training_mode(make, stage):
+    model, inputs = model_of("timm-vit", make(0.5), stage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(model, inputs["x"], check_trace=False)
+    assert gaussmask.attached(model).keep_indices.shape == (2, 18)
+
+
+def test_what_a_model_is_not():
+    class NoSuper(PatchDropout):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+        def scores(self, coords, generator=None):
+            return coords[..., 0]
+
+    class Config(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = ALL["timm-vit"].build()
+
+        @property
+        def config(self):
+            raise RuntimeError("not yet")
+
+    with pytest.raises(TypeError, match=r"__init__ of NoSuper did not call super\(\).__init__\(mask_ratio\)"):
+        gaussmask.attach(ALL["timm-vit"].build(), NoSuper())
+    gaussmask.attach(Config(), RandomPatchDropout(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(timm.create_model("test_vit", scriptable=True).eval())
+    with pytest.raises(UnsupportedModelError, match="scripted, traced or exported model"):
+        gaussmask.attach(scripted, RandomPatchDropout(0.5))
+
+
+def test_a_setting_of_another_rule_raises():
+    with pytest.raises(AttributeError, match=r"RandomPatchDropout has no attribute 'sigma'.*no 'sigma' either"):
+        RandomPatchDropout(0.5).sigma = 0.3
+    with pytest.raises(AttributeError, match="did you mean 'grid_size'"):
+        RandomPatchDropout(0.5).grid = (2, 2)
+    with pytest.raises(TypeError, match=r"RandomPatchDropout.__init__\(\) got an unexpected keyword argument 'sigma'"):
+        RandomPatchDropout(0.5, sigma=0.2)
+
+
+def test_the_warning_of_a_sigma_points_at_the_line_of_the_user():
+    for act in (lambda: GaussianPatchDropout(0.5, sigma=50), lambda: setattr(GaussianPatchDropout(0.5), "sigma", 50)):
+        with pytest.warns(UserWarning, match="no number of pixels") as caught:
+            act()
+        assert caught[0].filename == __file__
+
+
+def test_an_attached_drop_by_itself_keeps_the_prefix_of_its_host():
+    model, _ = model_of("timm-vit")
+    tokens = torch.arange(37.0).view(1, 37, 1).expand(2, 37, 4)
+    kept = gaussmask.attached(model)(tokens)
+    assert kept.shape == (2, 19, 4)
+    assert (kept[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+def test_a_batch_of_no_images(stage):
+    model, _ = model_of("timm-vit", stage=stage)
+    assert model(torch.randn(0, 3, 48, 48)).shape == (0, 5)

@@ -139,6 +139,10 @@ def check_model(model: object) -> None:
 
 def check_rule(drop: PatchDropout) -> None:
     """Raise where a subclass writes no scores, or more than them: an attached model asks `draw` of the base class."""
+    if "_seam" not in vars(drop):
+        raise TypeError(
+            f"the __init__ of {type(drop).__name__} did not call super().__init__(mask_ratio), so it has no settings"
+        )
     if type(drop).scores is PatchDropout.scores and "scores" not in vars(drop):
         raise TypeError(
             f"{type(drop).__name__} has no scores: define scores(self, coords, generator=None) -> (B, N), or take one "

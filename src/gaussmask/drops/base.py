@@ -117,7 +117,8 @@ class PatchDropout(nn.Module):
         if check is not None:
             value = check(value)
         elif name not in self.__dict__ and self._is_ready_made and not hasattr(type(self), name):
-            refuse_misspelling(type(self).__name__, name, self._checks)
+            others = (other for cls in PatchDropout.__subclasses__() if cls._is_ready_made for other in cls._checks)
+            refuse_misspelling(type(self).__name__, name, self._checks, others)
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -226,7 +227,10 @@ class PatchDropout(nn.Module):
         if not self.active:
             self.keep_indices = None
             return x
-        num_prefix_tokens = self.num_prefix_tokens or 0
+        seam: Any = None if self._seam is None else self._seam()
+        num_prefix_tokens = self.num_prefix_tokens
+        if num_prefix_tokens is None:
+            num_prefix_tokens = 0 if seam is None else seam.num_prefix_tokens
         check_tokens(x, num_prefix_tokens)
         num_patches = plain_number(x.shape[1]) - num_prefix_tokens
         grid_size = self.grid_size

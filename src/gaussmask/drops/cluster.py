@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 from torch.nn import functional as F
 
-from ..sampling.checks import check_anchors, check_noise
+from ..sampling.checks import check_anchors, check_noise, plain_number
 from ..sampling.scores import uniform
 from .base import PatchDropout
 
@@ -83,7 +83,7 @@ class ClusterPatchDropout(PatchDropout):
         """A, of N patches."""
         if isinstance(self.anchors, int):
             return min(self.anchors, num_patches)
-        return max(1, round(self.anchors * num_patches))
+        return max(1, round(self.anchors * plain_number(num_patches)))
 
     def scores(  # type: ignore[override]  # asks for more, by name
         self,

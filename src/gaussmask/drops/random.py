@@ -1,5 +1,6 @@
 """FLIP: patches at random. Li et al., *Scaling Language-Image Pre-training via Masking*, arXiv 2212.00794."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -26,6 +27,19 @@ class RandomPatchDropout(PatchDropout):
     """
 
     needs_grid: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        mask_ratio: float,
+        *,
+        num_prefix_tokens: int | None = None,
+        grid_size: Sequence[int] | None = None,
+        ordered: bool = False,
+        tube: bool = False,
+    ) -> None:
+        super().__init__(
+            mask_ratio, num_prefix_tokens=num_prefix_tokens, grid_size=grid_size, ordered=ordered, tube=tube
+        )
 
     def _exact_probability(self, grid_size: tuple[int, ...]) -> Tensor:
         return probability_on(grid_size, self.mask_ratio, None, (0.0, 0.0), "additive")

@@ -35,21 +35,20 @@ def names(module: nn.Module) -> list[str]:
 def _places(module: nn.Module, owners: tuple[nn.Module, ...] = (), path: str = "") -> Iterator[Place]:
     """The hosts in `module`, outermost only."""
     key = next((name for name in names(module) if name in HOSTS), None)
-    if key is not None:
+    if key is not None and not isinstance(module, torch.jit.ScriptModule):
         yield Place(HOSTS[key], key, module, owners, path)
         return
-    for name in _children_in_use(module):
-        child = module.get_submodule(name)
+    for name, child in _children_in_use(module):
         yield from _places(child, (*owners, module), f"{path}.{name}" if path else name)
 
 
-def _children_in_use(module: Any) -> list[str]:
-    """The names of the submodules; of a module that PEFT trains whole the copy in use, without the frozen original."""
+def _children_in_use(module: Any) -> list[tuple[str, nn.Module]]:
+    """The submodules with their names; of a module that PEFT trains whole the copy in use, not the frozen original."""
     if type(module).__name__ != "ModulesToSaveWrapper":
-        return [name for name, _ in module.named_children()]
+        return list(module.named_children())
     adapters = [module.active_adapter] if isinstance(module.active_adapter, str) else module.active_adapter
     copies = [f"modules_to_save.{adapter}" for adapter in adapters if adapter in module.modules_to_save]
-    return copies or ["original_module"]
+    return [(name, module.get_submodule(name)) for name in copies or ["original_module"]]
 
 
 def find_host(model: nn.Module) -> Place:
@@ -76,7 +75,7 @@ def find_host(model: nn.Module) -> Place:
         )
     (place,) = places
     for owner in place.owners:
-        if why := reason_against_owner(names(owner), getattr(owner, "config", None)):
+        if why := reason_against_owner(names(owner), owner):
             raise UnsupportedModelError(f"{type(owner).__name__} cannot be masked: {why}")
     if why := place.host.refuse(place.module):
         raise UnsupportedModelError(f"{place.name} cannot be masked: {why}")

@@ -104,8 +104,8 @@ IMAGE_TOKENS = r"(image|img|video)\w*_token_(id|index)"
 RESAMPLED = r"(Blip2|InstructBlip|InstructBlipVideo|Kosmos2|Kosmos2_5|Idefics2?)(Vision\w+|Model|For\w+)"
 
 
-def reason_against_owner(names: list[str], config: Any) -> str | None:
-    """Why a host must not be masked inside a module of these `library.Class` names, or None."""
+def reason_against_owner(names: list[str], owner: Any) -> str | None:
+    """Why a host must not be masked inside `owner`, of these `library.Class` names; None if it may."""
     class_names = [name.removeprefix("transformers.") for name in names if name.startswith("transformers.")]
     class_names = [name for name in class_names if not name.endswith(("Mixin", "PreTrainedModel"))]
     if not class_names:  # a wrapper of the user's own, whose `config` may be anything
@@ -114,6 +114,7 @@ def reason_against_owner(names: list[str], config: Any) -> str | None:
         for pattern, why in REFUSED_OWNERS.items():
             if re.fullmatch(rf"({pattern})\w*", class_name):
                 return why
+    config = getattr(owner, "config", None)
     if "VideoMAEForVideoClassification" in class_names and not getattr(config, "use_mean_pooling", True):
         return "its head reads the first patch, which may be dropped: set config.use_mean_pooling=True"
     settings = getattr(config, "__dict__", {})

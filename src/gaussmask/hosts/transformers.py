@@ -10,6 +10,7 @@ from typing import Any
 from ..seams.biases import BiasModule, HandedFlag
 from ..seams.embeddings import HookSeam, UnfoldSeam
 from ..seams.followers import (
+    ContextAndTarget,
     CrossMask,
     KeyMask,
     KeyMaskIfAny,
@@ -113,7 +114,9 @@ HOSTS: dict[str, Host] = {
     "MLCDVisionEmbeddings": Host(HookSeam, CONV, 1, followers={"MLCDEncoder": RotaryArgument}),
     "VJEPA2Embeddings": Host(
         HookSeam, "patch_embeddings.proj",
-        followers={"VJEPA2Encoder": PositionMask, "VJEPA2Predictor": NeedsAllPatches},
+        followers={
+            "VJEPA2Encoder": PositionMask, "VJEPA2Model": ContextAndTarget, "VJEPA2Predictor": NeedsAllPatches,
+        },
         size=lambda config: (config.frames_per_clip, *_pair(config.crop_size)), pixels=Videos,
         note=f"{VIDEO} Without its predictor (skip_predictor=True).",
     ),

@@ -3,6 +3,7 @@
 import difflib
 import math
 import operator
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
@@ -11,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+OURS = __name__.partition(".")[0]
 SAMPLINGS = ("additive", "weighted")
 WIDEST = 10.0  # at which the density at a corner is .9 of that at the centre
 
@@ -18,17 +20,20 @@ WIDEST = 10.0  # at which the density at a corner is .9 of that at the centre
 ALIASES = {
     **dict.fromkeys(
         ("p", "prob", "rate", "ratio", "drop_prob", "drop_rate", "drop_ratio", "keep_rate", "keep_ratio", "mask_prob",
-         "mask_rate"),
+         "mask_rate", "keep", "dropout", "patch_drop_rate", "patch_dropout", "keep_prob"),
         "mask_ratio",
     ),
+    **dict.fromkeys(("prefix", "num_prefix"), "num_prefix_tokens"),
+    **dict.fromkeys(("grid", "size"), "grid_size"),
     **dict.fromkeys(("std", "var", "variance"), "sigma"),
 }  # fmt: skip
 
 
-def refuse_misspelling(class_name: str, name: str, settings: Iterable[str]) -> None:
-    """Raise AttributeError for a name that can only be meant for one of the `settings`."""
+def refuse_misspelling(class_name: str, name: str, settings: Iterable[str], others: Iterable[str]) -> None:
+    """Raise AttributeError for a name that can only be meant for one of the `settings`, or of those of `others`."""
     settings = list(settings)
-    nearest = [ALIASES[name]] if name in ALIASES else difflib.get_close_matches(name, settings, n=1, cutoff=0.75)
+    known = [*settings, *others]
+    nearest = [ALIASES[name]] if name in ALIASES else difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if nearest:
         meant = f"did you mean {nearest[0]!r}" if nearest[0] in settings else f"it has no {nearest[0]!r} either"
         raise AttributeError(
@@ -63,6 +68,14 @@ def check_sigma(sigma: object) -> float:
     return variance
 
 
+def _frames_to_the_user() -> int:
+    """The `stacklevel` of a warning that points at the first line outside of this package and of torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (OURS, "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def check_drop_sigma(sigma: object) -> float:
     """A variance beyond the image can only be meant in pixels or degrees."""
     variance = check_sigma(sigma)
@@ -70,7 +83,7 @@ def check_drop_sigma(sigma: object) -> float:
         warnings.warn(
             f"sigma={variance:g} is the variance of a Gaussian on the square [-1, 1]^2, in which no patch differs from "
             "another: it is no number of pixels or degrees. RandomPatchDropout is the limit of large values",
-            stacklevel=5,  # who makes the drop
+            stacklevel=_frames_to_the_user(),
         )
     return variance
 

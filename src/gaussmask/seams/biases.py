@@ -8,11 +8,14 @@ hands to its layers, and a recomputation finds the one that it belongs to.
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .call import Argument, Draw
+from .guards import in_backward
 from .host import Follower
 from .link import Helper, Link, Linked
+from .unsupported import UnsupportedModelError
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -37,6 +40,9 @@ class Handed:
     def __bool__(self) -> bool:
         return bool(self.value)
 
+    def __radd__(self, other: object) -> Any:
+        raise UnsupportedModelError("a block was replaced after attach: attach again")
+
     @classmethod
     def over(cls, seam: Any, bias: Tensor | None) -> "Handed | Tensor | None":
         """A shared bias as a timm model hands it to its blocks; a part that was copied by itself has no seam."""
@@ -46,10 +52,20 @@ class Handed:
         return cls(draw, None if bias is None else kept_bias(bias, draw))
 
 
+def raise_for_parts(helper: Helper) -> None:
+    """Raise where a layer makes its bias without a draw while patches are dropped, unless a backward runs it again."""
+    if helper.active and not torch.compiler.is_compiling() and not in_backward():
+        raise UnsupportedModelError(
+            f"a layer of {helper.host_name} was called by itself, without the position biases of the kept patches: "
+            "call the model; or a module was replaced after attach: attach again"
+        )
+
+
 class HandedFlag(Follower):
     """transformers: the draw travels with `interpolate_pos_encoding`, from the model to what makes the biases."""
 
     needed = "the position biases that the model makes beside it"
+    needs_call = True
     name = "interpolate_pos_encoding"
 
     def install(self, module: nn.Module) -> None:
@@ -79,6 +95,7 @@ class BiasModule(Follower):
         handed = self.flag.read(args, kwargs)
         draw = self.now.bias_draw = handed.draw if isinstance(handed, Handed) else None
         if draw is None:
+            raise_for_parts(self)
             return None
         # The host passes the length of its sequence as the size of the bias: here that of all tokens.
         num_tokens = math.prod(self.window.read(args, kwargs)) + draw.num_prefix_tokens
@@ -179,6 +196,7 @@ class Receives(Helper):
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         handed = self.argument.read(args, kwargs)
         if not isinstance(handed, Handed):
+            raise_for_parts(self)
             return None
         self.now.bias_draw = handed.draw
         return self.argument.write(args, kwargs, handed.value)

@@ -1,6 +1,7 @@
 """What hooks in a host work with: the arguments of a call, and the forward that it is part of, with its draw."""
 
 import inspect
+import sys
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -48,6 +49,17 @@ class Argument(NamedTuple):
         return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
 
 
+def is_in_method_of(*modules: nn.Module) -> bool:
+    """Whether this is called from a method of one of the modules, however far above."""
+    frame = sys._getframe(1)
+    while (back := frame.f_back) is not None:
+        frame = back
+        caller = frame.f_locals.get("self")
+        if caller is not None and any(caller is module for module in modules):
+            return True
+    return False
+
+
 class Draw:
     """What one forward of a host keeps."""
 
@@ -56,6 +68,9 @@ class Draw:
         self.num_suffix_tokens = num_suffix_tokens
         self.num_patches = 0
         self.keep_indices: Tensor | None = None
+        self.used: bool = False  # by something that lies beside the tokens
+        self.over: bool = False  # the forward of the tower has ended
+        self.ambiguous: bool = False  # made outside of a forward, while another had not been used yet
 
     def rows(self, length: int) -> Tensor | None:
         """The rows (B, M) that stay of a table of `length`, one row per patch or per token; None for all of them."""
@@ -76,7 +91,11 @@ class Forward:
     Not by thread: of what is set on a `threading.local`, torch.compile forgets all at the end of a graph.
     """
 
+    def __init__(self) -> None:
+        self.known: set[int] = set()  # the ids of modules that are known to hold a part of the host
+
     thread: int | None = None  # that is in it, or was the last
+    running: bool = False  # a masked forward of the tower has begun, and not ended
     expected: bool = False  # the tower was called, and its patches have not come to the drop yet
     pending: bool = False  # patches were embedded, and have not come to the drop yet
     grid_size: tuple[int, ...] | None = None  # of all images, as the patch embedding shows it

@@ -2,9 +2,10 @@
 
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from .call import Argument
+from .call import Argument, is_in_method_of
 from .host import Place
 from .image_paths import FromPatchEmbed, FromPatchEmbedAndDropout, FromPatchProjection
 from .patch_dropout import TimmSeam
@@ -30,6 +31,7 @@ class HookSeam(Seam):
         return f"forward hook on {place.at(place.host.tokens)}"
 
     def install(self, place: Place) -> None:
+        self.needs_call: bool = any(follower.needs_call for follower in place.host.followers.values())
         self.attention_mask: Argument | None = Argument.of_any(place.tower, "attention_mask")
         self.link.before(place.tower, self.relay.begin)
         super().install(place)
@@ -38,7 +40,7 @@ class HookSeam(Seam):
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Forward pre-hook of the tower: what the last forward drew is not this one's."""
         self.begin_draw()
-        self.arguments.check(kwargs)
+        self.arguments.check(kwargs, self.masks_refused)
         if self.drop.active and self.attention_mask is not None:
             self.take_mask(self.attention_mask.read(args, kwargs))
 
@@ -48,6 +50,14 @@ class HookSeam(Seam):
             self.arguments.refuse("attention_mask")
 
     def after_tokens(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        if self.drop.active and not self.now.running and not torch.compiler.is_compiling():
+            if self.needs_call:
+                raise UnsupportedModelError(
+                    f"{self.host_name} hands on to its layers which patches were kept, in hooks that a call of its "
+                    "parts, or of its forward, goes round: call the model, model(...)"
+                )
+            if not module.training and not is_in_method_of(self.link.tower):
+                return None  # called by itself, in eval mode
         tokens, *rest = output if isinstance(output, tuple) else (output,)
         facts = self.facts(args, kwargs, rest) if self.drop.active else {}
         tokens, _ = self.drop_tokens(tokens, None if self.prefix_is_in_tokens else 0, **facts)

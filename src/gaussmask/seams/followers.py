@@ -4,6 +4,7 @@ import inspect
 from fractions import Fraction
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .call import Argument, Draw
@@ -45,14 +46,18 @@ class PassedArgument(Follower):
     """Something with a row per token that the model passes to its encoder."""
 
     name: str
+    behind = False  # whether it lies behind the tower
 
     def install(self, module: nn.Module) -> None:
         self.argument: Argument = Argument.of(module, self.name)
         self.link.before(module, self.before)
 
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        draw, value = self.current_draw(), self.argument.read(args, kwargs)
-        if value is None or draw.keep_indices is None:
+        value = self.argument.read(args, kwargs)
+        if value is None:
+            return None
+        draw = self.current_draw(behind=self.behind)
+        if draw.keep_indices is None:
             return None
         return self.argument.write(args, kwargs, self.kept(value, draw))
 
@@ -112,6 +117,7 @@ class KeyMaskIfAny(KeyMask):
     """The same behind the encoder, where a whole model has one and its vision tower alone has not."""
 
     needed = ""
+    behind = True
 
 
 class CrossMask(KeyMaskIfAny):
@@ -133,6 +139,9 @@ class TokenCount(Follower):
         module.image_patch_tokens = self.all_tokens
 
     def before(self, module: Any, args: Args) -> None:
+        if not self.active:
+            module.image_patch_tokens = self.all_tokens
+            return
         draw = self.now.draw
         if draw.num_patches == 0:  # no image yet
             return
@@ -159,10 +168,15 @@ class PositionMask(Follower):
         for layer in layers:
             self.link.before(layer, self.before)
 
-    def hand(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+    def hand(self, module: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if not (self.active and self.takes_keywords):
             return None
+        if not torch.compiler.is_compiling() and not all(self.is_on(layer) for layer in module.layer):
+            raise UnsupportedModelError(f"a layer of {self.host_name} was replaced after attach: attach again")
         return args, {**kwargs, self.name: self.now.draw}
+
+    def is_on(self, layer: nn.Module) -> bool:
+        return any(getattr(hook, "__self__", None) is self for hook in layer._forward_pre_hooks.values())
 
     def before(self, layer: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         draw = kwargs.get(self.name)
@@ -179,6 +193,30 @@ class PositionMask(Follower):
         return self.argument.write(args, kwargs, draw.keep_indices)
 
 
+class CountsPatches(Follower):
+    """A model with arguments that count the patches of the whole image."""
+
+    names: tuple[str, ...]
+
+    def install(self, module: nn.Module) -> None:
+        self.counting: list[Argument] = [Argument.of(module, name) for name in self.names]
+        self.link.before(module, self.before)
+
+    def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        for argument in self.counting if self.active else ():
+            if argument.read(args, kwargs) is not None:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} was called with {argument.name}, which counts the patches of the whole "
+                    "image, and some are dropped: leave it out, or call the model in eval mode"
+                )
+
+
+class ContextAndTarget(CountsPatches):
+    """V-JEPA 2: which tokens its predictor sees and foretells."""
+
+    names = ("context_mask", "target_mask")
+
+
 class NeedsAllPatches(Follower):
     """A module that would read the kept patches as if they were all patches in their order."""
 
@@ -186,7 +224,7 @@ class NeedsAllPatches(Follower):
         self.link.before(module, self.before)
 
     def before(self, module: nn.Module, args: Args) -> None:
-        if self.now.draw.keep_indices is not None:
+        if self.active and self.now.draw.keep_indices is not None:
             raise UnsupportedModelError(
                 f"{type(module).__name__} needs every patch of the image, and some were dropped: leave it out "
                 "(skip_predictor=True), or call the model in eval mode"

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +28,15 @@ class MustReachDrop(Helper):
         if first_block is not None:
             self.link.before(first_block, self.before_block)
 
-    def watch_forward(self, outermost: nn.Module, tower: nn.Module) -> None:
-        """To be installed last, for then the hooks at the end are the last to run; those in front are the first."""
+    def watch_forward(self, outermost: nn.Module, tower: nn.Module, path: str, followers: list[str]) -> None:
+        """To be installed last, for then the hooks at the end are the last to run; those in front are the first.
+
+        Args:
+            path: of the host, below `outermost`.
+            followers: paths, below `tower`, of what has to be hooked.
+        """
+        self.path: str = path
+        self.followers: list[str] = followers
         self.link.before(tower, self.begin_tower, first=True)
         self.link.after(tower, self.end_tower)
         if outermost is not tower:
@@ -37,37 +45,77 @@ class MustReachDrop(Helper):
 
     def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the model: what an earlier forward left behind, which broke off, is none of this one."""
-        self.claim()
+        self.claim(module)
         self.now.pending = False
+        if self.active and not torch.compiler.is_compiling():
+            self.check_place(module)
 
-    def begin_tower(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.claim()
-        now = self.now
-        now.pending, now.expected = False, self.active
-        if now.expected and vars(module).get("_is_replica"):
+    def check_place(self, outermost: nn.Module) -> None:
+        """Raise where the tower was replaced; where it was wrapped, as by torch.compile, it is still the same."""
+        host = self.link.host
+        try:
+            there = outermost.get_submodule(self.path)
+        except AttributeError:  # cut off, so that nobody asks for images
+            return
+        if there is not host and not self.is_known(there, lambda part: part is host):
             raise UnsupportedModelError(
-                f"{self.host_name} is a replica of torch.nn.DataParallel, whose hooks are those of the original, so "
-                "that replicas would mix up their masks: use DistributedDataParallel, with one process per GPU (a "
-                "Trainer: start it with torchrun, or show it one GPU)"
+                f"the {self.host_name} that {type(outermost).__name__} had at attach was replaced by another one, so "
+                "that no patches would be dropped: attach again"
             )
 
+    def check_followers(self, tower: nn.Module) -> None:
+        """Raise where something that lies beside the tokens was replaced, and would keep the rows of all patches."""
+        for path in self.followers:
+            try:
+                there = tower.get_submodule(path)
+            except AttributeError:  # cut off: what asks for it says so
+                continue
+            if not self.is_hooked(there) and not self.is_known(there, self.is_hooked):
+                raise UnsupportedModelError(
+                    f"the {path} of {self.host_name} was replaced after attach, and its successor would not know which "
+                    "patches were dropped: attach again"
+                )
+
+    def is_hooked(self, module: nn.Module) -> bool:
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        return any(getattr(getattr(hook, "__self__", None), "link", None) is self.link for hook in hooks)
+
+    def is_known(self, wrapper: nn.Module, wanted: Callable[[nn.Module], bool]) -> bool:
+        """Whether a module that stands in another's place holds it, as what FSDP and torch.compile make."""
+        known = self.now.known
+        if id(wrapper) not in known and any(wanted(part) for part in wrapper.modules()):
+            known.add(id(wrapper))
+        return id(wrapper) in known
+
+    def begin_tower(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.claim(module)
+        now = self.now
+        now.pending, now.expected = False, self.active
+        now.running = now.expected
+        if now.expected and self.followers and not torch.compiler.is_compiling():
+            self.check_followers(module)
+
     def embedded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the patch embedding, which a forward calls once."""
+        """Forward hook of the patch embedding."""
         if isinstance(output, torch.fx.Proxy):
             raise UnsupportedModelError(
                 f"{self.host_name} carries a drop, whose hooks torch.fx cannot trace (nor torchvision's "
                 "create_feature_extractor, which uses it): detach first"
             )
-        active = self.active
-        if active:
-            self.claim()
-            self.demand()
-        self.now.pending = active
+        self.now.pending = self.active
+        if self.active:
+            self.claim(module)
 
-    def claim(self) -> None:
-        """One forward at a time: raise where another thread is in the middle of one."""
+    def claim(self, module: nn.Module) -> None:
+        """One forward at a time: raise where another thread is, or may be, in the middle of one."""
         if not self.active or torch.compiler.is_compiling():
             return
+        if vars(module).get("_is_replica"):
+            raise UnsupportedModelError(
+                f"{self.host_name} is a replica of torch.nn.DataParallel, whose hooks are those of the original, so "
+                "that replicas would mix up their masks: use DistributedDataParallel, with one process per GPU (a "
+                "Trainer: start it with torchrun, or show it one GPU)"
+            )
         thread, last = threading.get_ident(), self.now.thread
         if last not in (None, thread) and is_in_a_forward(last, self.seam):
             raise UnsupportedModelError(
@@ -77,8 +125,9 @@ class MustReachDrop(Helper):
         self.now.thread = thread
 
     def before_block(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook of the first block."""
-        self.demand()
+        """Forward pre-hook of the first block, unless a backward runs it again."""
+        if self.now.pending and self.active and (torch.compiler.is_compiling() or not in_backward()):
+            self.demand()
 
     def reached(self) -> None:
         """What was embedded has come to the drop."""
@@ -90,9 +139,11 @@ class MustReachDrop(Helper):
         self.demand()
 
     def end_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        now = self.now
+        now.running, now.draw.over = False, True
         self.demand()
-        if self.now.expected:
-            self.now.expected = False
+        if now.expected:
+            now.expected = False
             raise UnsupportedModelError(
                 f"{self.host_name} ran without the patch dropout and the patch embedding that it had at attach, so "
                 f"that no patches were dropped: if they were replaced after attach, attach again; otherwise {PARTS}"
@@ -120,6 +171,10 @@ def is_in_a_forward(thread: int, seam: nn.Module) -> bool:
     return False
 
 
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 class TokenArguments(Helper):
     """Refuses arguments of a call that presuppose the number or the order of all tokens, while patches are dropped.
 
@@ -127,12 +182,13 @@ class TokenArguments(Helper):
     recomputed. A causal attention is right as long as the kept tokens keep their order.
     """
 
-    def check(self, kwargs: dict[str, Any]) -> None:
-        """Of a call of the tower, or of its first block."""
+    def check(self, kwargs: dict[str, Any], masks: Sequence[str], num_tokens: int | None = None) -> None:
+        """Of a call of the tower; or of its first block, whose masks may be of the kept tokens (`num_tokens`)."""
         if not self.active:
             return
-        for name in self.seam.masks_refused:
-            if kwargs.get(name) is not None:
+        for name in masks:
+            mask = kwargs.get(name)
+            if mask is not None and (num_tokens is None or mask.shape[-1] != num_tokens):
                 self.refuse(name)
         if kwargs.get("is_causal") and not self.drop.ordered:
             raise UnsupportedModelError(
@@ -148,8 +204,9 @@ class TokenArguments(Helper):
 
     def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        if kwargs:
-            self.check(kwargs)
+        if kwargs and self.active:
+            num_tokens = args[0].shape[1] if args and self.seam.makes_masks else None
+            self.check(kwargs, self.seam.block_masks_refused, num_tokens)
 
 
 class NoDenseMaps(Linked):

@@ -18,6 +18,7 @@ class Follower(Helper):
 
     what = ""  # in words, for `describe`
     needed = ""  # what a host lacks without it
+    needs_call = False  # whether it depends on the hooks of the tower itself
 
     def install(self, module: nn.Module) -> None:
         raise NotImplementedError
@@ -111,6 +112,11 @@ class Place(NamedTuple):
                     continue
                 return (size, size) if isinstance(size, int) else tuple(size)
         raise UnsupportedModelError(f"{self.name} does not tell the size of its images")
+
+    def paths_within(self, class_name: str) -> list[str]:
+        """The paths, below the tower, of the modules of a class in it."""
+        found = {id(module) for module in self.within(class_name)}
+        return [path for path, module in self.tower.named_modules() if path and id(module) in found]
 
     def within(self, class_name: str) -> list[nn.Module]:
         """The modules of a class, in the whole model."""

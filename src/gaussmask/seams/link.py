@@ -13,9 +13,10 @@ import inspect
 import weakref
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from .call import Draw, Forward
+from .call import Draw, Forward, is_in_method_of
 
 
 class Was(NamedTuple):
@@ -68,10 +69,20 @@ class Helper(Linked):
     def leave(self, module: nn.Module) -> None:
         """Leave a module as it was, if more than a hook was put into it."""
 
-    def current_draw(self) -> Draw:
-        """The draw of the forward that is running; where there is no seam, one that dropped nothing."""
+    @property
+    def inside(self) -> bool:
+        """Whether what is called is part of a forward of the tower, and not called by itself.
+
+        A forward that goes round the hooks of the tower, as `model.forward(x)` or timm's `forward_features`, shows on
+        the stack alone, where a graph that is being captured can't look.
+        """
+        link = self.link
+        return link.now.running or torch.compiler.is_compiling() or is_in_method_of(link.tower, link.host)
+
+    def current_draw(self, *, behind: bool = False) -> Draw:
+        """The draw of the forward that is running; where nothing is dropped, one without indices."""
         seam = self.link.seam
-        return self.link.now.draw if seam is None else seam.current_draw()
+        return Draw(0, 0) if seam is None else seam.current_draw(behind=behind)
 
 
 class Anchor(Linked):
@@ -94,6 +105,7 @@ class Link:
     def __init__(self) -> None:
         self.seam: Any = None
         self.host: Any = None
+        self.tower: Any = None
         self.projection: Any = None
         self.now: Forward = Forward()
         self.touched: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # in a copy none, for it may be one of a part
@@ -122,12 +134,12 @@ class Link:
         self.touched.add(owner)
 
     def anchor(self, name: str, module: nn.Module) -> None:
-        """Find `module` again in copies, as `self.host` or `self.projection`."""
+        """Find `module` again in copies, as the attribute `name`."""
         self.put(module, f"gaussmask_{name}", Anchor(self, name, module))
 
     def cut(self) -> None:
         """Part what lies in the host from the seam, and take it off."""
-        self.seam = self.host = self.projection = None
+        self.seam = self.host = self.tower = self.projection = None
         for module in self.touched:
             take_off(module)
 

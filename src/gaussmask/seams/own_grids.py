@@ -93,7 +93,7 @@ class MaskFromOutsideSeam(HookSeam):
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """A forward begins at the gate."""
-        self.arguments.check(kwargs)
+        self.arguments.check(kwargs, self.masks_refused)
 
     def draw_patches(self, images: Tensor, shapes: Tensor, valid: Tensor) -> Tensor:
         """The kept patches, drawn before the embeddings; `images` are flattened patches (B, N, numbers)."""
@@ -169,7 +169,7 @@ class PositionsInOutputSeam(HookSeam):
     def install(self, place: Place) -> None:
         super().install(place)
         for owner in place.owners:
-            if hasattr(owner, "forward_head"):
+            if hasattr(type(owner), "forward_head"):  # and not by way of a wrapper's __getattr__
                 self.link.put(owner, "forward_head", KeptPool(self.link, owner))
 
     def watch_grid(self, module: nn.Module, args: Args, output: Any) -> None:
@@ -200,7 +200,8 @@ class KeptPool(Linked):
         self.classifier = classifier
 
     def __call__(self, x: Tensor, patch_valid: Tensor | None = None, **kwargs: Any) -> Tensor:
-        keep_indices = self.link.now.draw.keep_indices
+        seam = self.link.seam
+        keep_indices = None if seam is None else seam.current_draw(behind=True).keep_indices
         if patch_valid is not None and keep_indices is not None:
             patch_valid = patch_valid.gather(1, keep_indices)
         return type(self.classifier).forward_head(self.classifier, x, patch_valid=patch_valid, **kwargs)
@@ -225,7 +226,7 @@ class PackedSeam(Seam):
         self.link.before(transformer, self.relay.before_transformer)
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        self.arguments.check(kwargs)
+        self.arguments.check(kwargs, self.masks_refused)
         sizes = self.image_sizes.read(args, kwargs)
         sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
         patch = cast("Any", module).patch_size
@@ -248,6 +249,8 @@ class PackedSeam(Seam):
                 f"{self.host_name} keeps its images apart by sequence lengths and not by a mask (flash attention), "
                 "which gaussmask does not mask: build it with attn_implementation='sdpa'"
             )
+        if grids is None:
+            self.known_grid(None)
         kept = self.draw_packed(grids or [], x)
         cos, sin = self.rotary.read(args, kwargs)
         args, kwargs = self.tokens.write(args, kwargs, x.index_select(1, kept))

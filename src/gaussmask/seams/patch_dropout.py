@@ -25,7 +25,7 @@ class TimmSeam(Seam):
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = FromPatchEmbedAndDropout
     projection_below = "proj"
-    blocks_take_arguments = True
+    block_masks_refused = Seam.masks_refused
 
     def check(self, place: Place) -> None:
         if not hasattr(place.module.get_submodule("patch_embed"), "dynamic_feat_size"):
@@ -58,6 +58,8 @@ class NaFlexSeam(Seam):
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = NaFlexImages
     projection_below = "proj"
+    block_masks_refused = Seam.masks_refused
+    makes_masks = True
 
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         grid_size = cast("Any", place.module).embeds.pos_embed_grid_size
@@ -71,12 +73,13 @@ class NaFlexSeam(Seam):
         self.link.after(patch_embedding, self.relay.watch_embeds)
 
     def watch_embeds(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.drop.active and not module.training:
+        training = self.link.host.training  # embeddings that are frozen, in eval mode, are still those of a tower
+        if self.drop.active and not training:
             raise UnsupportedModelError(
                 f"{self.host_name} skips its patch dropout in eval mode, so nothing would be masked: for masked "
                 "inference put the model into training mode, with its other dropouts at 0"
             )
-        if not module.training:
+        if not training:
             self.drop.keep_indices = None  # the seam, which would say so, is skipped
             return
         grid_size = output[1]

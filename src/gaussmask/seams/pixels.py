@@ -105,7 +105,7 @@ class PixelStage(Helper):
         """
         now = self.now
         now.images = now.blank = None
-        if not self.active:
+        if not (self.active and self.inside):
             return None
         self.check()
         named = kwargs or {}
@@ -158,13 +158,15 @@ class PixelStage(Helper):
 
     # The tokens come out
 
-    def take(self) -> Images:
-        """The images on their way; raises where there are none."""
+    def take(self) -> Images | None:
+        """The images on their way; None where parts are called by themselves, and have embedded the images whole."""
         now = self.now
         images, blank = now.images, now.blank
         now.images = now.blank = None
         if images is None or blank is None:
             self.check()
+            if images is None:
+                return None
             raise cannot_drop_pixels(
                 self.host_name, "it reached its patch dropout, but no images had gone through its embedding"
             )
@@ -195,7 +197,7 @@ class PixelStage(Helper):
         rows = token_indices(keep_indices, num_patches, num_prefix_tokens, num_suffix_tokens)
         if table.requires_grad and not torch.compiler.is_compiling():
             table.register_hook(_by_columns)
-        constant = table.squeeze(0).index_select(0, rows.flatten()).view(*rows.shape, -1)
+        constant = table.squeeze(0).index_select(0, rows.flatten()).view(*rows.shape, table.shape[-1])
         patches = self.kept_patches(images, keep_indices).to(blank.dtype)
         projected = project_patches(patches, self.weight)
         return constant + F.pad(projected, (0, 0, num_prefix_tokens, num_suffix_tokens))

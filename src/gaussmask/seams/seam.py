@@ -31,6 +31,10 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
+# How timm and open_clip call the ratio of their own patch dropout, and what one might take it for.
+RATIOS_OF_OTHERS = ("prob", "p", "drop_prob", "mask_ratio", "keep_prob")
+
+
 class Relay(Helper):
     """The hooks that are methods of the seam; see `Seam`, `HookSeam`, `NaFlexSeam` and `PackedSeam`."""
 
@@ -65,7 +69,8 @@ class Seam(nn.Module, Linked):
     pixels_by_default: ClassVar[type[PixelStage] | str]  # how, or why not, where the row of a family says nothing
     projection_below: ClassVar[str] = ""  # path of the projection, below the patch embedding
     masks_refused: ClassVar[tuple[str, ...]] = ("attn_mask", "attention_mask")  # arguments that do not follow the drop
-    blocks_take_arguments: ClassVar[bool] = False  # whether the tower hands these on to its blocks under their names
+    block_masks_refused: ClassVar[tuple[str, ...]] = ()  # those that a tower hands on to its blocks under their names
+    makes_masks: ClassVar[bool] = False  # whether a tower makes such masks by itself, of the kept tokens
 
     def __init__(self, drop: PatchDropout, place: Place, stage: str = "tokens") -> None:
         super().__init__()
@@ -92,6 +97,14 @@ class Seam(nn.Module, Linked):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.link.seam = self
         self.drop._seam = weakref.ref(self)  # the copied drop sits in the copied host
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in RATIOS_OF_OTHERS:
+            raise AttributeError(
+                f"a {type(self.drop).__name__} sits in the place of the model's own patch dropout, which has no "
+                f"{name!r}: set gaussmask.attached(model).mask_ratio"
+            )
+        super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> Any:  # what torch.jit.script asks for
         raise UnsupportedModelError(
@@ -181,6 +194,7 @@ class Seam(nn.Module, Linked):
         replaced = seat._modules.get(host.patch_dropout)
         link.put(seat, host.patch_dropout, self)
         link.anchor("host", module)
+        link.anchor("tower", place.tower)
         self.replaced = replaced
         projection = module.get_submodule(self.projection_path(place))
         if self.pixels is not None:
@@ -190,7 +204,7 @@ class Seam(nn.Module, Linked):
         patch_embedding, first_block = module.get_submodule(host.patch_embedding), place.first_block()
         self.guard.watch_parts(patch_embedding, first_block)
         self.watch(patch_embedding)
-        if first_block is not None and self.blocks_take_arguments:
+        if first_block is not None:
             link.before(first_block, self.arguments.before_block)
         for class_name, follower in host.followers.items():
             for part in place.within(class_name):
@@ -200,7 +214,8 @@ class Seam(nn.Module, Linked):
 
     def watch_forward(self, place: Place) -> None:
         """Raise when a forward ends without the drop: the last to be installed."""
-        self.guard.watch_forward(place.outermost, place.tower)
+        followers = [found[0] for name in place.host.followers if len(found := place.paths_within(name)) == 1]
+        self.guard.watch_forward(place.outermost, place.tower, place.path, followers)
 
     def remove(self) -> None:
         """Part from the host, and leave it as `install` found it; in a copy, `take_off` has to go round its modules."""
@@ -233,14 +248,23 @@ class Seam(nn.Module, Linked):
 
     # The drop
 
-    def current_draw(self) -> Draw:
-        """The draw of the forward that is running, for what the host makes after it."""
+    def current_draw(self, *, behind: bool = False) -> Draw:
+        """The draw of the forward that is running, for what the host makes after it, or `behind` its tower."""
+        if not self.drop.active:
+            return self.new_draw()
         draw = self.now.draw
-        if draw.keep_indices is None and self.drop.active:
+        if draw.keep_indices is None or (draw.over and not behind):
             raise UnsupportedModelError(
-                f"{self.host_name} asked for positions before its patches were dropped, an order that gaussmask does "
-                "not know: this version of its library is not supported yet"
+                f"{self.host_name} asked for positions before its patches were dropped. If its parts are called one by "
+                "one, embed the patches first, or call the model; if a module was replaced after attach, attach again; "
+                "otherwise this version of its library is not supported yet"
             )
+        if draw.ambiguous:
+            raise UnsupportedModelError(
+                f"the parts of {self.host_name} were called one by one for several batches in turn, so that it is not "
+                "known which patches of which batch were kept: call the model"
+            )
+        draw.used = True
         return draw
 
     def drop_tokens(
@@ -255,7 +279,8 @@ class Seam(nn.Module, Linked):
         # Never the draw of a forward before: a layer that is recomputed may still need it as it is.
         draw, now.begun = now.begun or self.new_draw(), None
         draw.num_patches = plain_number(x.shape[1]) - prefix - self.num_suffix_tokens
-        now.draw = draw
+        last, now.draw = now.draw, draw
+        draw.ambiguous = not (now.running or last.keep_indices is None or last.used or last.over)
         if facts:
             self.agree_to_own_grids(facts)
         if not self.drop.active:
