@@ -3,13 +3,13 @@
 import copy
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 import draw_masks
 import matplotlib as mpl
 import pytest
 import torch
+from pages import ROOT, blocks, run
 from PIL import Image
 from torch import nn
 
@@ -18,18 +18,16 @@ from gaussmask import PatchDropout
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 import draw_method
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$", flags=re.DOTALL | re.MULTILINE)
+BY_SECTION = {"integrations.md"}  # run by test_integrations.py: not every section's library is installed everywhere
 
 
-def blocks(page):
-    """Of code, in order: (language, text)."""
-    text = page.read_text(encoding="utf-8")
-    return [(match["language"], textwrap.dedent(match["text"])) for match in BLOCK.finditer(text)]
+def blocks_of(page):
+    return blocks(page.read_text(encoding="utf-8"))
 
 
-WITH_PYTHON = [page for page in PAGES if any(language == "python" for language, _ in blocks(page))]
+PAGES_HERE = [page for page in PAGES if page.name not in BY_SECTION]
+WITH_PYTHON = [page for page in PAGES_HERE if any(language == "python" for language, _ in blocks_of(page))]
 
 
 def test_there_are_pages_with_python():
@@ -40,27 +38,12 @@ def test_there_are_pages_with_python():
 def test_the_python_runs_and_prints_what_is_shown_below_it(page, capsys):
     """The blocks of a page run one after the other in one session, as a reader would paste them."""
     mpl.use("Agg")
-    session = {}
-    found = blocks(page)
-    for (language, text), (next_language, shown) in zip(found, [*found[1:], ("", "")], strict=True):
-        if language == "python":
-            exec(compile(text, str(page), "exec"), session)
-            printed = capsys.readouterr().out
-            claimed = [line.partition("  # ")[2] for line in text.splitlines() if line.startswith("print(")]
-            if any(claimed):
-                claimed = [shape for line in claimed for shape in re.findall(r"\(\d[\d, ]*\)", line)]
-                assert claimed == [f"({shape})" for shape in re.findall(r"torch\.Size\(\[([\d, ]*)\]\)", printed)]
-            else:
-                assert printed == (shown if next_language == "" else "")
+    run(blocks_of(page), str(page), lambda: capsys.readouterr().out)
 
 
 def test_copies_of_the_models_of_the_recipes_are_copies(capsys):
     """A deep copy in eval mode, as a teacher is one, drops nothing and leaves the draw of its original alone."""
-    session = {}
-    for language, text in blocks(ROOT / "docs" / "recipes.md"):
-        if language == "python":
-            exec(compile(text, "recipes.md", "exec"), session)
-    capsys.readouterr()
+    session = run(blocks_of(ROOT / "docs" / "recipes.md"), "recipes.md", lambda: capsys.readouterr().out)
     models = {
         name: value
         for name, value in session.items()
