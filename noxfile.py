@@ -2,6 +2,7 @@
 
     make versions    # all of it: nox
     nox -s oldest    # one session; what follows -- goes to pytest
+    nox -s integrations upstream    # every night: trainers, and the tests of timm and transformers
 
 Interpreters are looked for on the PATH, and a session whose interpreter is missing is skipped.
 """
@@ -9,6 +10,7 @@ Interpreters are looked for on the PATH, and a session whose interpreter is miss
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import nox
@@ -150,3 +152,47 @@ def extras(session: nox.Session, extra: str) -> None:
     session.install(f"{wheel()}[{extra}]")
     session.run("python", ".ci/extras.py", extra)
     leave(session)
+
+
+@nox.session(python=NEWEST)
+def integrations(session: nox.Session) -> None:
+    """All trainers of docs/integrations.md, also those that are built from source or bound to one version of torch."""
+    session.install("--upgrade", "-e", ".[all]", "--group", "test", "--group", "integrations")
+    session.run("python", "-c", "import deepspeed, lightly, torchao")  # the tests of an absent one would be skipped
+    session.run("pytest", "tests/test_integrations.py", *session.posargs)
+
+
+@nox.session(python=NEWEST)
+def upstream(session: nox.Session) -> None:
+    """timm's and transformers' own tests, from their sdists, on models that carry a drop: see tests/upstream."""
+    session.install("--upgrade", "-e", ".[all]", "parameterized", "pip", "pytest>=8.2")
+    for library, tests in (
+        ("timm", "build/upstream/timm/tests/test_models.py"),
+        ("transformers", "tests/upstream/test_transformers.py"),
+    ):
+        folder = unpack_tests(session, library)
+        for stage in ("tokens", "pixels"):
+            session.run(
+                "pytest", "-c", "tests/upstream/pytest.ini", "--library", library, "--stage", stage, tests,
+                *session.posargs,
+                env={"PYTHONPATH": f"tests/upstream:{folder}", "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+
+
+def unpack_tests(session: nox.Session, library: str) -> Path:
+    """The folder with the tests of the version that is installed; its modules stay away, or they would be imported."""
+    folder = Path("build/upstream") / library
+    shutil.rmtree(folder, ignore_errors=True)
+    ask = f"import importlib.metadata; print(importlib.metadata.version('{library}'))"
+    version = str(session.run("python", "-c", ask, silent=True)).strip()
+    session.run(
+        *("python", "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", library, "--dest", str(folder)),
+        f"{library}=={version}",
+    )
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as sdist:
+        root = f"{library}-{version}/"
+        for member in sdist.getmembers():
+            if member.isfile() and member.name.startswith(f"{root}tests/"):
+                member.name = member.name.removeprefix(root)
+                sdist.extract(member, folder)
+    return folder
