@@ -161,7 +161,8 @@ def test_a_sigma_in_pixels_or_degrees_warns():
 @pytest.mark.parametrize(
     ("name", "meant"),
     [("ratio", "mask_ratio"), ("p", "mask_ratio"), ("prob", "mask_ratio"), ("mask_raito", "mask_ratio"),
-     ("order", "ordered"), ("grid", None), ("num_prefix_token", "num_prefix_tokens"), ("gridsize", "grid_size")],
+     ("order", "ordered"), ("grid", "grid_size"), ("colour", None),
+     ("num_prefix_token", "num_prefix_tokens"), ("gridsize", "grid_size")],
 )  # fmt: skip
 def test_a_misspelled_attribute_raises_with_the_nearest_name(make, name, meant):
     """A name that can be meant for none is left alone: torch's tools put theirs on every module."""

@@ -30,7 +30,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 
 import gaussmask
-from gaussmask import GaussianPatchDropout, RandomPatchDropout, UnsupportedModelError
+from gaussmask import (
+    ClusterPatchDropout,
+    GaussianPatchDropout,
+    PatchDropout,
+    RandomPatchDropout,
+    UnsupportedModelError,
+)
 from gaussmask.functional import sample_keep_indices, take_patches
 
 POSSIBLE = [name for name in ALL if name not in NO_PIXELS_AT_ATTACH | NO_PIXELS_AT_THE_CALL]
@@ -50,7 +56,15 @@ def both(build, make_drop=random_half):
     tokens = build()
     randomise(tokens)
     pixels = copy.deepcopy(tokens)
-    return gaussmask.attach(tokens, make_drop()), gaussmask.attach(pixels, make_drop(), stage="pixels")
+    gaussmask.attach(tokens, make_drop(), stage="tokens")
+    return tokens, gaussmask.attach(pixels, make_drop(), stage="pixels")
+
+
+class AsksForTokens(PatchDropout):
+    """Keeps the longest tokens."""
+
+    def scores(self, coords, generator=None, *, tokens):
+        return tokens.norm(dim=-1) + torch.rand(coords.shape[:2])
 
 
 def difference(value, reference, scale=None):
@@ -102,6 +116,102 @@ def test_the_same_in_float32_to_the_contract(name):
         torch.manual_seed(3)
         hidden.append(run(host, model, inputs, 3)[0])
     assert difference(*hidden[::-1]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_auto_is_equal_to_the_tokens_and_takes_pixels_where_it_can(name):
+    """Draws, hidden states and gradients; by default, and without an error that tokens would not raise.
+
+    In float64 where pixels can be dropped; where they can't, it is the same computation.
+    """
+    host = ALL[name]
+    tokens = host.build()
+    randomise(tokens)
+    auto, outcomes = copy.deepcopy(tokens), []
+    gaussmask.attach(tokens, random_half(), stage="tokens")
+    gaussmask.attach(auto, random_half())
+    can = name in POSSIBLE
+    taken, inputs = [], host.inputs(2)
+    for model in (tokens.double(), auto.double()) if can else (tokens, auto):
+        (seam,) = (module for module in model.modules() if hasattr(module, "pixels"))
+        if seam.pixels is not None:
+            embed = seam.pixels.embed
+            seam.pixels.embed = lambda *args, embed=embed: (taken.append(True), embed(*args))[1]
+        torch.manual_seed(7)
+        hidden, _ = run(host, model, in_double(inputs) if can else inputs, 2)
+        hidden.backward(torch.ones_like(hidden).cumsum(1).sin())
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        outcomes.append((gaussmask.attached(model).keep_indices, hidden, torch.cat([g.flatten() for g in gradients])))
+    (keep, hidden, gradients), (keep_auto, hidden_auto, gradients_auto) = outcomes
+    assert torch.equal(keep_auto, keep)
+    assert difference(hidden_auto, hidden) < 1e-12
+    assert difference(gradients_auto, gradients) < (1e-6 if "Siglip2" in name else 1e-10)
+    assert bool(taken) == can
+    described = gaussmask.describe(auto)
+    assert described.stage == ("tokens" if name in NO_PIXELS_AT_ATTACH else "pixels")
+    assert gaussmask.describe(tokens).stage == "tokens"
+    assert (described.stage_reason is None) == (described.stage == "pixels")
+
+
+def test_auto_decides_anew_when_something_changed():
+    """A dropout, a hook, a projection of another kind; and back."""
+    model, drop, x = make_timm(), GaussianPatchDropout(0.5), x_images(2)["x"]
+    model.pos_drop = torch.nn.Dropout(0.0)
+    gaussmask.attach(model, drop)
+    (seam,) = (module for module in model.modules() if hasattr(module, "pixels"))
+    embed, taken = seam.pixels.embed, []
+    seam.pixels.embed = lambda *args: (taken.append(True), embed(*args))[1]
+
+    def stage():
+        taken.clear()
+        model(x)
+        assert f"at stage {gaussmask.describe(model).stage!r}" in repr(drop)
+        assert gaussmask.describe(model).stage == ("pixels" if taken else "tokens")
+        return gaussmask.describe(model).stage
+
+    assert stage() == "pixels"
+    model.pos_drop.p = 0.1
+    assert stage() == "tokens"
+    assert "set pos_drop.p to 0" in gaussmask.describe(model).stage_reason
+    model.pos_drop.p = 0.0
+    assert stage() == "pixels"
+    seen = []
+    handle = model.patch_embed.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    assert stage() == "tokens"
+    assert seen == [2], "somebody's hook sees the whole batch"
+    handle.remove()
+    assert stage() == "pixels"
+    own = model.patch_embed.proj
+    model.patch_embed.proj = torch.nn.Conv2d(3, own.out_channels, own.kernel_size, own.stride)
+    assert stage() == "tokens"
+    model.patch_embed.proj = own
+    assert stage() == "pixels"
+    torch.nn.utils.parametrize.register_parametrization(own, "weight", torch.nn.Identity())
+    assert stage() == "tokens"
+    torch.nn.utils.parametrize.remove_parametrizations(own, "weight")
+    assert stage() == "pixels"
+    model.patch_embed.forward = model.patch_embed.forward
+    assert stage() == "tokens"
+
+
+@pytest.mark.parametrize("rule", [ClusterPatchDropout, AsksForTokens], ids=lambda rule: rule.__name__)
+def test_auto_gives_rules_what_they_ask_for(rule):
+    """Pixels in either way; tokens where there are tokens."""
+    model, x = make_timm(), x_images(2)["x"]
+    model.pos_drop = torch.nn.Dropout(0.0)
+    whole = copy.deepcopy(model)
+    auto = gaussmask.attach(model, rule(0.5))
+    tokens = gaussmask.attach(whole, rule(0.5), stage="tokens")
+    for p in (0.0, 1e-9, 0.0):  # with a dropout: tokens
+        outputs = []
+        for one in (auto, tokens):
+            one.pos_drop.p = p
+            torch.manual_seed(3)
+            outputs.append(one(x))
+            assert gaussmask.attached(one).keep_indices.shape == (2, 18)
+        assert torch.equal(gaussmask.attached(auto).keep_indices, gaussmask.attached(tokens).keep_indices)
+        torch.testing.assert_close(*outputs)
+    assert ("ask for tokens" in (gaussmask.describe(auto).stage_reason or "")) == (rule is AsksForTokens)
 
 
 @pytest.mark.parametrize("name", NO_PIXELS_AT_ATTACH)

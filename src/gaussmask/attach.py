@@ -15,7 +15,7 @@ from .seams.unsupported import UnsupportedModelError
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-STAGES = ("tokens", "pixels")
+STAGES = ("auto", "tokens", "pixels")
 
 
 def find_place(model: nn.Module) -> Place:
@@ -30,7 +30,7 @@ def find_place(model: nn.Module) -> Place:
     return find_host(model)
 
 
-def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> ModelT:
+def attach(model: ModelT, drop: PatchDropout, *, stage: str = "auto") -> ModelT:
     """Let the vision tower of `model` drop patches, in place.
 
     The class, config, state_dict and forward signature of the model do not change. The drop takes the tower's current
@@ -41,11 +41,12 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
     Args:
         model: a ViT of timm, transformers or open_clip, or any module that contains one such vision tower.
         drop: a drop that no other model carries.
-        stage: `"tokens"` drops the embedded tokens, at the host's own seam. `"pixels"` drops before the embedding:
-            only the kept patches are cut from the image and projected, and the tensor of all tokens is never made. The
-            draws are the same for the same seed, and outputs and gradients too, but for rounding. Hosts whose tokens
-            are more than a linear map of their patch plus something common to all images raise. The embedding modules
-            then see one blank image in place of the batch: call the model, and not these modules by themselves.
+        stage: `"auto"` drops pixels where that gives the same tokens, and tokens otherwise, forward by forward
+            (`describe` tells which, and why). `"tokens"` drops the embedded tokens, at the host's own seam. `"pixels"`
+            drops before the embedding: only the kept patches are cut from the image and projected, and the tensor of
+            all tokens is never made. The draws are the same for the same seed, and outputs and gradients too, but for
+            rounding. Hosts whose tokens are more than a linear map of their patch plus something common to all images
+            raise. In a forward of the model the embedding modules see one blank image in place of the batch.
 
     Returns:
         `model`.
@@ -71,7 +72,7 @@ def attach(model: ModelT, drop: PatchDropout, *, stage: str = "tokens") -> Model
     check_rule(drop)
     place = find_place(model)
     carrier = drop._seam() if drop._seam is not None else None
-    if carrier is not None and not any(carrier is seam for seam in _seams(model)):
+    if carrier is not None and not any(carrier is seam for seam in seams_of(model)):
         raise ValueError(
             f"this {type(drop).__name__} is attached to another model: detach it there, or make one drop per model"
         )
@@ -105,7 +106,7 @@ def detach(model: ModelT) -> ModelT:
         TypeError: for a `model` that is no module, or is the drop itself.
     """
     check_model(model)
-    for seam in list(_seams(model)):
+    for seam in list(seams_of(model)):
         seam.remove()
     for module in model.modules():  # of a copy, where the seam knows of none; and what a copy of a part was left with
         take_off(module)
@@ -120,7 +121,7 @@ def attached(model: nn.Module) -> PatchDropout | None:
         TypeError: for a `model` that is no module, or is the drop itself.
     """
     check_model(model)
-    seams = list(_seams(model))
+    seams = list(seams_of(model))
     if len(seams) > 1:
         towers = " and ".join(seam.host_name for seam in seams)
         raise ValueError(f"{type(model).__name__} carries {len(seams)} drops ({towers}): ask each tower by itself")
@@ -161,5 +162,5 @@ def _what(value: object) -> str:
     return f"the class {value.__name__}, not an instance" if isinstance(value, type) else type(value).__name__
 
 
-def _seams(model: nn.Module) -> Iterator[Seam]:
+def seams_of(model: nn.Module) -> Iterator[Seam]:
     return (module for module in model.modules() if isinstance(module, Seam))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .attach import find_place
+from .attach import find_place, seams_of
 from .drops import RandomPatchDropout
 from .sampling.top import num_kept_patches
 from .seams.unsupported import UnsupportedModelError
@@ -29,6 +29,9 @@ class Description:
         grid_size: (H, W), or (T, H, W) of a video, at the size of image that the model is configured for; None where
             every image has its own. A forward goes by the true grid of its input.
         kept: how many of these patches are kept, by mask_ratio.
+        stage: `"pixels"` or `"tokens"`: which of them the next forward drops, with the drop that the model carries, or
+            with one that is attached at the default stage.
+        stage_reason: why tokens, None for pixels.
         pixels_reason: why `attach(..., stage="pixels")` would raise, None if it would not.
         pixels_only: which calls can drop pixels, "" for all.
         note: what else to know about this family.
@@ -45,6 +48,8 @@ class Description:
     num_suffix_tokens: int = 0
     grid_size: tuple[int, ...] | None = None
     kept: dict[float, int] = field(default_factory=dict)
+    stage: str = ""
+    stage_reason: str | None = None
     pixels_reason: str | None = None
     pixels_only: str = ""
     note: str = ""
@@ -73,9 +78,7 @@ class Description:
             "always kept": always or "no other tokens",
             "grid": grid,
             "patches kept": f"{kept} {patches}" if kept else "",
-            "pixels stage": f"possible {self.pixels_only}"
-            if self.pixels_reason is None
-            else f"no: {self.pixels_reason}",
+            "stage": f"pixels {self.pixels_only}" if self.stage_reason is None else f"tokens: {self.stage_reason}",
             "note": self.note,
             "mode": "eval: nothing is dropped until model.train()" if self.idle else "",
         }
@@ -92,13 +95,14 @@ def describe(model: nn.Module) -> Description:
     model_name = type(model).__name__
     try:
         place = find_place(model)
-        seam = place.host.seam(RandomPatchDropout(0.5), place)
+        seam = place.host.seam(RandomPatchDropout(0.5), place, "auto")
         seam.check(place)
     except (UnsupportedModelError, ValueError) as error:
         return Description(model_name, reason=str(error))
     grid_size = seam.configured_grid(place)
     kept = {} if grid_size is None else {ratio: num_kept_patches(math.prod(grid_size), ratio) for ratio in RATIOS}
     pixels = seam.pixel_stage(place)
+    reason = next(seams_of(model), seam).why_tokens()
     followers = [(name, part) for name, part in place.host.followers.items() if part.what and place.within(name)]
     return Description(
         model_name,
@@ -110,6 +114,8 @@ def describe(model: nn.Module) -> Description:
         num_suffix_tokens=seam.num_suffix_tokens,
         grid_size=grid_size,
         kept=kept,
+        stage="pixels" if reason is None else "tokens",
+        stage_reason=reason,
         pixels_reason=pixels if isinstance(pixels, str) else pixels.obstacle(),
         pixels_only="" if isinstance(pixels, str) else pixels.only,
         note=place.host.note,

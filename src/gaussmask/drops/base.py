@@ -25,9 +25,10 @@ from ..sampling.checks import (
     square_grid_size,
 )
 from ..sampling.frequency import keep_frequency
-from ..sampling.grids import Packing, patch_coordinates
+from ..sampling.grids import Packing, coordinates_on
+from ..sampling.kept import kept
 from ..sampling.tokens import take_drawn_tokens
-from ..sampling.top import num_kept_patches, top_packed_patches, top_patches
+from ..sampling.top import highest, num_kept_patches, top_packed_patches
 from .asking import Facts, names_asked_for, scores_of
 
 OURS = __name__.partition(".")[0]
@@ -137,7 +138,9 @@ class PatchDropout(nn.Module):
         seam: Any = None if self._seam is None else self._seam()
         if seam is None:
             return super().__repr__()
-        stage = "tokens" if seam.pixels is None else "pixels"
+        stage = seam.stage
+        if stage == "auto":
+            stage = "pixels" if seam.why_tokens() is None else "tokens"
         idle = "" if self.training else ", idle in eval mode"
         return f"{super().__repr__()} attached to {seam.host_name} at stage {stage!r}{idle}"
 
@@ -307,12 +310,13 @@ class PatchDropout(nn.Module):
                 )
             return torch.full((1, 1, 1), math.nan, device=device).expand(batch_size, num_patches, 2)
         check_grid_holds(grid_size, num_patches)
-        frame = patch_coordinates(grid_size[-2:], device=device)
-        coords = frame if len(grid_size) == 2 else frame.repeat(grid_size[0], 1)
-        return coords.expand(batch_size, -1, -1)
+        return kept(coordinates_on, grid_size, device=device).expand(batch_size, -1, -1)
+
+    def _scores(self, facts: Facts, generator: torch.Generator | None) -> Tensor:
+        return scores_of(self, facts, generator)
 
     def _keep(self, facts: Facts, generator: torch.Generator | None) -> Tensor:
-        return top_patches(scores_of(self, facts, generator), cast("int", facts.num_kept), ordered=self.ordered)
+        return highest(self._scores(facts, generator), cast("int", facts.num_kept), self.ordered)
 
     def _keep_tubes(self, facts: Facts, num_frames: int, generator: torch.Generator | None) -> Tensor:
         """The same places in every frame, frame by frame."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..sampling.probability import probability_on
-from ..sampling.scores import uniform_scores
+from ..sampling.scores import uniform
 from .base import PatchDropout
 
 
@@ -45,4 +45,4 @@ class RandomPatchDropout(PatchDropout):
         return probability_on(grid_size, self.mask_ratio, None, (0.0, 0.0), "additive")
 
     def scores(self, coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return uniform_scores(coords, generator)
+        return uniform(coords.shape[:2], coords.device, generator)

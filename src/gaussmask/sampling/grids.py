@@ -61,6 +61,12 @@ def patch_coordinates(
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
+def coordinates_on(grid_size: tuple[int, ...], *, device: torch.device | str | None) -> Tensor:
+    """The same of a grid, (N, 2); the frames of a video (T, H, W) have those of a frame."""
+    frame = patch_coordinates(grid_size[-2:], device=device)
+    return frame if len(grid_size) == 2 else frame.repeat(grid_size[0], 1)
+
+
 def positions_on_grids(shapes: Tensor, num_patches: int) -> Tensor:
     """The (y, x) of patches (B, num_patches, 2), row by row on grids of (H, W) = `shapes` (B, 2)."""
     index = torch.arange(num_patches, device=shapes.device)

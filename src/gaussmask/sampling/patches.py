@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from .checks import check_axes, check_images, check_keep_indices
+from .kept import kept
 
 
 def cut_all_patches(images: Tensor, patch_size: Sequence[int], stride: Sequence[int]) -> Tensor:
@@ -25,17 +26,17 @@ def take_drawn_patches(
 ) -> Tensor:
     """`take_patches` for indices that this library drew, which need no check."""
     batch_size, channels, *sides = images.shape
-    grid_size = [(side - patch) // step + 1 for side, patch, step in zip(sides, patch_size, stride, strict=True)]
-    places: list[Tensor] = []  # the (y, x) of every kept patch, each (B, K)
-    rest = keep_indices
-    for count in reversed(grid_size):
-        places.insert(0, rest % count)
-        rest = rest // count
-    batch = torch.arange(batch_size, device=images.device).unsqueeze(1)
+    grid_size = tuple((side - patch) // step + 1 for side, patch, step in zip(sides, patch_size, stride, strict=True))
     if torch.compiler.is_compiling() or (images.requires_grad and torch.is_grad_enabled()) or images.numel() == 0:
         windows = images
         for axis, (patch, step) in enumerate(zip(patch_size, stride, strict=True), start=2):
             windows = windows.unfold(axis, patch, step)  # in the end a view (B, C, *grid, *patch)
+        places: list[Tensor] = []  # the (y, x) of every kept patch, each (B, K)
+        rest = keep_indices
+        for count in reversed(grid_size):
+            places.insert(0, rest % count)
+            rest = rest // count
+        batch = torch.arange(batch_size, device=images.device).unsqueeze(1)
         chosen: tuple[Any, ...] = (batch, slice(None), *places)
         return windows[chosen]
 
@@ -50,15 +51,23 @@ def take_drawn_patches(
         run.append(channels)
     else:
         outer.insert(0, (channels, of_channel))
-    first = batch * of_image
-    for place, step, distance in zip(places, stride, of_pixel, strict=True):
-        first = first + place * (step * distance)
-    for count, distance in outer:
-        first = first.unsqueeze(-1) + torch.arange(count, device=images.device) * distance
+    steps = tuple(step * distance for step, distance in zip(stride, of_pixel, strict=True))
+    of_patch = kept(offsets, *zip(grid_size, steps, strict=True), device=images.device).flatten()
+    of_run = kept(offsets, (batch_size, of_image), (1, 0), *outer, device=images.device)
+    of_kept = of_patch.index_select(0, keep_indices.flatten()).view(*keep_indices.shape, *(1 for _ in outer))
+    first = of_kept + of_run
     length = 1 + sum((side - 1) * distance for side, distance in zip(images.shape, images.stride(), strict=True))
     runs = images.as_strided((length - math.prod(run) + 1, math.prod(run)), (1, 1))
     patches = runs.index_select(0, first.flatten()).view(*first.shape, *run)
     return patches.movedim(-1, 2) if channels_last else patches
+
+
+def offsets(*axes: tuple[int, int], device: torch.device) -> Tensor:
+    """How far apart in memory the places of a grid lie: axes of (number of places, distance) each."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for count, distance in axes:
+        total = total.unsqueeze(-1) + torch.arange(count, device=device) * distance
+    return total
 
 
 def check_cut(

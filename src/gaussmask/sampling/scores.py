@@ -112,12 +112,30 @@ def gaussian_scores(
         ValueError, TypeError: for an argument out of range, naming it.
     """
     check_coords(coords)
-    sigma, center, sampling = rankable(check_sigma(sigma)), check_center(center), check_sampling(sampling)
-    # Images that share a grid expand one row of coordinates: the density of that row serves them all.
+    sigma, center, sampling = check_sigma(sigma), check_center(center), check_sampling(sampling)
+    # Images that share a grid expand one row of coordinates: the preference of that row serves them all.
     shared = coords[:1] if coords.stride(0) == 0 else coords
-    log_density = log_density_at(shared.float(), sigma, center)
-    noise = uniform_scores(coords, generator)
+    preference = preference_at(shared.float(), sigma, center, sampling)
+    return with_noise(preference, uniform(coords.shape[:2], coords.device, generator), sampling)
+
+
+def preference_at(coords: Tensor, sigma: float, center: Sequence[float], sampling: str) -> Tensor:
+    """What the scores at `coords` (..., 2) are made of besides the noise: the density, or its logarithm."""
+    log_density = log_density_at(coords, rankable(sigma), center)
+    return log_density.exp() if sampling == "additive" else log_density
+
+
+def preference_on(
+    grid_size: tuple[int, ...], sigma: float, center: tuple[float, float], sampling: str, *, device: torch.device
+) -> Tensor:
+    """The same on a grid, (1, N) float32; the frames of a video (T, H, W) have that of a frame."""
+    preference = preference_at(patch_coordinates(grid_size[-2:], device=device), sigma, center, sampling)
+    return preference.repeat(math.prod(grid_size[:-2])).unsqueeze(0)
+
+
+def with_noise(preference: Tensor, noise: Tensor, sampling: str) -> Tensor:
+    """The scores (B, N), of noise (B, N) from U[0, 1)."""
     if sampling == "additive":
-        return noise + log_density.exp()
+        return noise + preference
     noise = noise.clamp(min=torch.finfo(noise.dtype).tiny)  # a draw of 0 would score -inf, like padding
-    return log_density - noise.log().neg().log()
+    return preference - noise.log().neg().log()

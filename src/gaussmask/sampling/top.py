@@ -38,6 +38,11 @@ def top_patches(scores: Tensor, num_kept: int, *, ordered: bool = False) -> Tens
     num_kept = check_count("num_kept", num_kept, least=1)
     if num_kept > scores.shape[1]:
         raise ValueError(f"num_kept must be at most the number of patches, {scores.shape[1]}, got {num_kept}")
+    return highest(scores, num_kept, ordered)
+
+
+def highest(scores: Tensor, num_kept: int, ordered: bool) -> Tensor:
+    """`top_patches` for arguments that need no check."""
     indices = scores.topk(num_kept, dim=-1, sorted=False).indices
     return indices.sort(dim=-1).values if ordered else indices
 

@@ -107,4 +107,5 @@ class Forward:
     entering: Tensor | None = None  # what entered the projection, for a rule that asks for pixels
     draw: Draw = Draw(0, 0)  # the latest
     begun: Draw | None = None  # one that is handed on before it is drawn
+    obstacle: Any = None  # to dropping pixels, as it was found last, with what it depends on
     bias_draw: Draw | None = None  # of the bias that is being made

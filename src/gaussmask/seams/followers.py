@@ -214,7 +214,7 @@ class CountsPatches(Follower):
 class ContextAndTarget(CountsPatches):
     """V-JEPA 2: which tokens its predictor sees and foretells."""
 
-    names = ("context_mask", "target_mask")
+    names: tuple[str, ...] = ("context_mask", "target_mask")
 
 
 class NeedsAllPatches(Follower):

@@ -97,7 +97,7 @@ class MustReachDrop(Helper):
 
     def embedded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the patch embedding."""
-        if isinstance(output, torch.fx.Proxy):
+        if any(isinstance(value, torch.fx.Proxy) for value in (output if isinstance(output, tuple) else (output,))):
             raise UnsupportedModelError(
                 f"{self.host_name} carries a drop, whose hooks torch.fx cannot trace (nor torchvision's "
                 "create_feature_extractor, which uses it): detach first"

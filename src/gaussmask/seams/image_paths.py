@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..sampling.patches import cut_all_patches, take_drawn_patches
-from .pixels import Args, Kwargs, PixelStage
+from .pixels import PixelStage
 from .unsupported import cannot_drop_pixels
 
 OWN_POSITIONS = "its positions differ from image to image, so that one table cannot hold them"
@@ -56,6 +56,12 @@ class FromPatchEmbedAndDropout(FromPatchEmbed):
 class Videos(PixelStage):
     """(B, T, C, H, W), which comes to the projection as (B, C, T, H, W)."""
 
+    def obstacle_in_call(self, images: Tensor, others: dict[str, Any]) -> str | None:
+        frames: int = cast("Any", self.projection).kernel_size[0]
+        if images.shape[1] < frames:  # V-JEPA 2 repeats them
+            return f"its clips of {images.shape[1]} frames are shorter than a patch of {frames}"
+        return super().obstacle_in_call(images, others)
+
     def arranged(self, images: Tensor) -> Tensor:
         return images.transpose(1, 2)
 
@@ -72,14 +78,18 @@ class OneShape(PixelStage):
 
     only = "for batches of images of one shape"
 
-    def others_for_one(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        shapes = args[0] if args else kwargs["spatial_shapes"]
-        same, error = (shapes == shapes[:1]).all(), cannot_drop_pixels(self.host_name, OWN_POSITIONS)
-        if torch.compiler.is_compiling() or not shapes.is_cpu:
-            torch._assert_async(same, str(error))  # no synchronisation
-        elif not same:
-            raise error
-        return ((shapes[:1],), {}) if args else ((), {"spatial_shapes": shapes[:1]})
+    def obstacle_in_call(self, images: Tensor, others: dict[str, Any]) -> str | None:
+        shapes = others["spatial_shapes"]
+        same = (shapes == shapes[:1]).all()
+        if shapes.is_cpu and not torch.compiler.is_compiling():
+            return self.obstacle_in_weight() if same else OWN_POSITIONS
+        if not self.insists:
+            return f"{OWN_POSITIONS}; whether they do would have to be waited for"
+        torch._assert_async(same, str(cannot_drop_pixels(self.host_name, OWN_POSITIONS)))
+        return self.obstacle_in_weight()
+
+    def for_one(self, others: dict[str, Any]) -> dict[str, Any]:
+        return {**others, "spatial_shapes": others["spatial_shapes"][:1]}
 
 
 class CutToPatches(PixelStage):
@@ -88,10 +98,10 @@ class CutToPatches(PixelStage):
     channels_last = False
     only = "for images, and not for padded batches of patches"
 
-    def arranged(self, images: Any) -> Tensor:
+    def obstacle_in_call(self, images: Any, others: dict[str, Any]) -> str | None:
         if not isinstance(images, Tensor) or images.ndim != 4:
-            raise cannot_drop_pixels(self.host_name, f"it was given patches, not images (B, C, H, W): {OWN_POSITIONS}")
-        return images
+            return f"it was given patches, not images (B, C, H, W): {OWN_POSITIONS}"
+        return super().obstacle_in_call(images, others)
 
     def shape_at_projection(self, images: Tensor) -> tuple[int, ...]:
         grid = [side // patch for side, patch in zip(images.shape[2:], self.patch_size, strict=True)]
@@ -130,8 +140,7 @@ class NaFlexImages(CutToPatches):
     entry_path = "embeds"
     within: tuple[str, ...] = ("embeds",)
 
-    def arranged(self, images: Any) -> Tensor:
-        images = super().arranged(images)
+    def arranged(self, images: Tensor) -> Tensor:
         if not cast("Any", self.entry).dynamic_img_pad:
             return images
         missing = [-side % patch for side, patch in zip(images.shape[2:], self.patch_size, strict=True)]

@@ -4,7 +4,7 @@ Each function returns the reason, or None.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -77,6 +77,25 @@ def obstacle_on_the_way(host: nn.Module, paths: Sequence[str], projection: nn.Mo
             ):
                 return f"its patches pass through {type(module).__name__} besides their linear projection"
     return None
+
+
+class Obstacle(NamedTuple):
+    """What was found, if anything, and what it depends on."""
+
+    reason: str | None
+    modules: list[nn.Module]
+    state: list[Any]
+
+
+def state_of(host: nn.Module, methods: Sequence[str], modules: Sequence[nn.Module]) -> list[Any]:
+    """All that the functions above look at and somebody may change between two forwards; to be compared."""
+    state: list[Any] = [getattr(host, name, None) for name in methods]
+    for module in modules:
+        own = module.__dict__
+        state += (type(module), module.forward, own.get("p"), *own["_modules"].values())
+        state += (*own["_forward_hooks"], None, *own["_forward_pre_hooks"], None, *own["_backward_hooks"])
+        state += (None, *own["_backward_pre_hooks"])
+    return state
 
 
 def foreign_hooks(module: nn.Module) -> list[Any]:

@@ -25,7 +25,7 @@ class TimmSeam(Seam):
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = FromPatchEmbedAndDropout
     projection_below = "proj"
-    block_masks_refused = Seam.masks_refused
+    block_masks_refused: ClassVar[tuple[str, ...]] = Seam.masks_refused
 
     def check(self, place: Place) -> None:
         if not hasattr(place.module.get_submodule("patch_embed"), "dynamic_feat_size"):
@@ -58,8 +58,8 @@ class NaFlexSeam(Seam):
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = NaFlexImages
     projection_below = "proj"
-    block_masks_refused = Seam.masks_refused
-    makes_masks = True
+    block_masks_refused: ClassVar[tuple[str, ...]] = Seam.masks_refused
+    makes_masks: ClassVar[bool] = True
 
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         grid_size = cast("Any", place.module).embeds.pos_embed_grid_size

@@ -83,7 +83,8 @@ class CaughtPatches(Helper):
         self.link.before(projection, self.before_projection)
 
     def before_projection(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.now.entering = args[0].detach() if self.active else None
+        # Images on their way round the projection are cut where they are kept.
+        self.now.entering = args[0].detach() if self.active and self.now.images is None else None
 
     def take(self) -> Tensor:
         """(B, N, C, h, w), of the forward that is running."""

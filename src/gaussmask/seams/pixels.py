@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..sampling.patches import take_drawn_patches
 from ..sampling.tokens import take_drawn_tokens, token_indices
 from .link import Helper, Link
-from .obstacles import obstacle_in_methods, obstacle_in_projection, obstacle_on_the_way
+from .obstacles import Obstacle, obstacle_in_methods, obstacle_in_projection, obstacle_on_the_way, state_of
 from .patches import Flat, cut_entering, padding_of
 from .unsupported import cannot_drop_pixels
 
@@ -48,6 +48,7 @@ class PixelStage(Helper):
         link: to the seam and to the host, which is also what is given the blank image.
         projection: path of the projection, below the host.
         flat: how patches lie that enter the projection flattened.
+        insists: whether to raise where something stands in the way; otherwise the tokens are dropped.
     """
 
     entry_path = ""  # below the host, of the module that is given the blank image
@@ -55,8 +56,9 @@ class PixelStage(Helper):
     steps: tuple[str, ...] = ("forward",)  # methods of the host on the way from the image to the tokens
     only = ""  # the calls that can drop pixels, where not all can
 
-    def __init__(self, link: Link, projection: str, flat: Flat | None = None) -> None:
+    def __init__(self, link: Link, projection: str, flat: Flat | None = None, *, insists: bool = True) -> None:
         super().__init__(link)
+        self.insists = insists
         self.projection_path = projection
         self.flat = flat
 
@@ -72,7 +74,21 @@ class PixelStage(Helper):
     # What stands in the way
 
     def obstacle(self) -> str | None:
-        """Why tokens are not a linear map of their patch and something common to all images; None if they are."""
+        """Why tokens are not a linear map of their patch and something common to all images; None if they are.
+
+        Looked up anew when a module on the way, its hooks, its children or its forward have changed.
+        """
+        if torch.compiler.is_compiling():
+            return self.look_for_obstacles()
+        found = self.now.obstacle
+        if found is None or found.state != state_of(self.host, self.steps, found.modules):
+            modules = [self.host.get_submodule(self.projection_path)]
+            modules += [module for path in self.within for module in self.host.get_submodule(path).modules()]
+            reason = self.look_for_obstacles()
+            found = self.now.obstacle = Obstacle(reason, modules, state_of(self.host, self.steps, modules))
+        return found.reason
+
+    def look_for_obstacles(self) -> str | None:
         projection = self.host.get_submodule(self.projection_path)
         return (
             obstacle_in_projection(projection, expected=self.link.projection or projection)
@@ -93,7 +109,7 @@ class PixelStage(Helper):
 
     def install(self, projection: nn.Module) -> None:
         self.link.anchor("projection", projection)
-        self.first: str = next(iter(inspect.signature(self.entry.forward).parameters))
+        self.names: list[str] = list(inspect.signature(self.entry.forward).parameters)
         self.link.before(self.entry, self.before_entry)
         self.link.before(projection, self.before_projection)
         self.link.after(projection, self.after_projection)
@@ -107,27 +123,37 @@ class PixelStage(Helper):
         now.images = now.blank = None
         if not (self.active and self.inside):
             return None
-        self.check()
-        named = kwargs or {}
-        images = args[0] if args else named[self.first]
-        others = self.others_for_one(args[1:], {name: value for name, value in named.items() if name != self.first})
+        others = dict(zip(self.names, args, strict=False)) | (kwargs or {})
+        images = others.pop(self.names[0])
+        if reason := self.obstacle() or self.obstacle_in_call(images, others):
+            if self.insists:
+                raise cannot_drop_pixels(self.host_name, reason)
+            return None
         now.images = self.arranged(images)
-        blank = images.new_zeros(1, *images.shape[1:])
-        if kwargs is None:
-            return (blank, *others[0])
-        return ((blank, *others[0]), others[1]) if args else ((), {self.first: blank, **others[1]})
+        given = {self.names[0]: images.new_zeros(1, *images.shape[1:]), **self.for_one(others)}
+        positional = tuple(given.pop(name) for name in self.names[: len(args)])
+        return positional if kwargs is None else (positional, given)
 
-    def others_for_one(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """The further arguments of the entry, for one image."""
-        if not (args or kwargs):
-            return args, kwargs
-        names = list(inspect.signature(self.entry.forward).parameters)[1:]
-        for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+    def obstacle_in_call(self, images: Any, others: dict[str, Any]) -> str | None:
+        """The same, of a call of the entry with `images` and `others`, by name."""
+        for name, value in others.items():
             if isinstance(value, Tensor):
-                raise cannot_drop_pixels(
-                    self.host_name, f"it was called with {name}, by which tokens differ from image to image"
-                )
-        return args, kwargs
+                return f"it was called with {name}, by which tokens differ from image to image"
+        return self.obstacle_in_weight()
+
+    def obstacle_in_weight(self) -> str | None:
+        """The weight is used outside of its module, where it has to be whole and plain."""
+        weight: Any = self.projection.weight
+        if type(weight) not in (Tensor, nn.Parameter, FakeTensor) or weight.ndim < 2:
+            return (
+                f"where its tokens are dropped, the weight of its projection is a {type(weight).__name__} of shape "
+                f"{tuple(weight.shape)} (quantised, or sharded apart from the model around it)"
+            )
+        return None
+
+    def for_one(self, others: dict[str, Any]) -> dict[str, Any]:
+        """The further arguments of the entry, for one image."""
+        return others
 
     def before_projection(self, module: nn.Module, args: Args) -> Args | None:
         """Forward pre-hook: the patches of a blank image are all alike, so that one of them is enough."""
@@ -159,12 +185,13 @@ class PixelStage(Helper):
     # The tokens come out
 
     def take(self) -> Images | None:
-        """The images on their way; None where parts are called by themselves, and have embedded the images whole."""
+        """The images on their way; None where the images were embedded whole, as by parts that are called by hand."""
         now = self.now
         images, blank = now.images, now.blank
         now.images = now.blank = None
         if images is None or blank is None:
-            self.check()
+            if self.insists:
+                self.check()
             if images is None:
                 return None
             raise cannot_drop_pixels(
@@ -199,7 +226,7 @@ class PixelStage(Helper):
             table.register_hook(_by_columns)
         constant = table.squeeze(0).index_select(0, rows.flatten()).view(*rows.shape, table.shape[-1])
         patches = self.kept_patches(images, keep_indices).to(blank.dtype)
-        projected = project_patches(patches, self.weight)
+        projected = project_patches(patches, cast("Any", self.projection).weight)
         return constant + F.pad(projected, (0, 0, num_prefix_tokens, num_suffix_tokens))
 
     def all_patches(self, taken: Images) -> Tensor:
@@ -209,18 +236,6 @@ class PixelStage(Helper):
     def cut(self, images: Tensor) -> Tensor:
         """The patches of images, as they would enter the projection."""
         return cut_entering(images, self.projection, self.flat)
-
-    @property
-    def weight(self) -> Tensor:
-        """Of the projection, whole and plain."""
-        weight: Any = self.projection.weight
-        if type(weight) not in (Tensor, nn.Parameter, FakeTensor):
-            raise cannot_drop_pixels(
-                self.host_name,
-                f"where its tokens are dropped, the weight of its projection is a {type(weight).__name__} (quantised, "
-                "or sharded apart from the model around it)",
-            )
-        return weight
 
     def shape_at_projection(self, images: Tensor) -> tuple[int, ...]:
         """The shape of one image where it enters the projection."""

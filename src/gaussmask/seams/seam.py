@@ -63,7 +63,8 @@ class Seam(nn.Module, Linked):
     Args:
         drop: the drop to carry.
         place: where.
-        stage: `"tokens"`, or `"pixels"` to drop before the projection.
+        stage: `"tokens"`, `"pixels"` to drop before the projection, or `"auto"` to do that where nothing stands in the
+            way.
     """
 
     pixels_by_default: ClassVar[type[PixelStage] | str]  # how, or why not, where the row of a family says nothing
@@ -85,12 +86,12 @@ class Seam(nn.Module, Linked):
         self.relay: Relay = Relay(self.link)
         self.guard: MustReachDrop = MustReachDrop(self.link)
         self.arguments: TokenArguments = TokenArguments(self.link)
-        pixels = self.pixel_stage(place) if stage == "pixels" else None
-        if isinstance(pixels, str):
-            raise cannot_drop_pixels(place.name, pixels)
-        self.pixels = pixels
+        self.stage: str = stage
+        self.pixels: PixelStage | None = None
+        self.no_pixels: str | None = None  # why this seam never drops any
+        self.choose(self.pixel_stage(place, insists=stage == "pixels"))
         self.caught: CaughtPatches | None = None  # for a rule that asks for pixels
-        if "pixels" in drop.asks_for and pixels is None:
+        if "pixels" in drop.asks_for and stage != "pixels":
             self.caught = CaughtPatches(self.link, self.flat_patches(place))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -125,12 +126,32 @@ class Seam(nn.Module, Linked):
 
     # Before the installation
 
-    def pixel_stage(self, place: Place) -> PixelStage | str:
+    def pixel_stage(self, place: Place, *, insists: bool = True) -> PixelStage | str:
         """How the host drops before its projection, or why a host of its family cannot."""
         stage = place.host.pixels or self.pixels_by_default
         if isinstance(stage, str):
             return stage
-        return stage(self.link, self.projection_path(place), self.flat_patches(place))
+        return stage(self.link, self.projection_path(place), self.flat_patches(place), insists=insists)
+
+    def choose(self, pixels: PixelStage | str) -> None:
+        """How this seam drops pixels, or why it does not."""
+        asks_for_tokens = "tokens" in self.drop.asks_for
+        if self.stage == "tokens":
+            self.no_pixels = "stage='tokens' was asked for"
+        elif isinstance(pixels, str):
+            self.no_pixels = pixels
+        elif asks_for_tokens:
+            self.no_pixels = (
+                f"the scores of {type(self.drop).__name__} ask for tokens, which there are behind the projection only"
+            )
+        else:
+            self.pixels = pixels
+        if self.stage == "pixels" and self.no_pixels is not None:
+            raise cannot_drop_pixels(self.host_name, self.no_pixels)
+
+    def why_tokens(self) -> str | None:
+        """Why the next forward drops tokens, as far as can be known before; None where it drops pixels."""
+        return self.no_pixels if self.pixels is None else self.pixels.obstacle()
 
     def projection_path(self, place: Place) -> str:
         """Of the projection, below the host."""
@@ -156,7 +177,7 @@ class Seam(nn.Module, Linked):
         """Raise where the drop or the surroundings of the host do not fit, before anything is changed."""
         self.agreed("num_prefix_tokens", self.num_prefix_tokens)
         self.check_asked(place)
-        if self.pixels is not None:
+        if self.pixels is not None and self.pixels.insists:
             self.pixels.check()
         for class_name, follower in place.host.followers.items():
             if follower.needed and not place.within(class_name):
@@ -167,18 +188,13 @@ class Seam(nn.Module, Linked):
 
     def check_asked(self, place: Place) -> None:
         """Raise where the scores of the drop ask for what the host cannot give."""
-        rule, asked = type(self.drop).__name__, self.drop.asks_for
-        if "tokens" in asked and self.pixels is not None:
-            raise cannot_drop_pixels(
-                self.host_name, f"the scores of {rule} ask for tokens, which there are behind the projection only"
-            )
-        if "pixels" not in asked:
+        if "pixels" not in self.drop.asks_for:
             return
         projection = place.module.get_submodule(self.projection_path(place))
         patch_embedding = place.module.get_submodule(place.host.patch_embedding)
         if reason := why_not_cut(patch_embedding, projection, self.flat_patches(place)):
             raise UnsupportedModelError(
-                f"{self.host_name} cannot give the pixels that the scores of {rule} ask for: {reason}"
+                f"{self.host_name} cannot give the pixels that {type(self.drop).__name__} asks for: {reason}"
             )
 
     # Installation
