@@ -28,10 +28,25 @@ from ..sampling.frequency import keep_frequency
 from ..sampling.grids import Packing, coordinates_on
 from ..sampling.kept import kept
 from ..sampling.tokens import take_drawn_tokens
-from ..sampling.top import highest, num_kept_patches, top_packed_patches
+from ..sampling.top import count_kept, highest, num_kept_patches, top_packed_patches
 from .asking import Facts, names_asked_for, scores_of
 
 OURS = __name__.partition(".")[0]
+
+
+class Drawn:
+    """The latest draw of a drop: an object of its own, which is faster to write to than a module."""
+
+    def __init__(self) -> None:
+        self.indices: Tensor | None = None
+        self.shape: tuple[int, ...] = ()
+
+    def nothing(self) -> None:
+        self.indices = None
+
+    def these(self, indices: Tensor, num_patches: int, grid_size: tuple[int, ...] | None) -> Tensor:
+        self.indices, self.shape = indices, (num_patches,) if grid_size is None else grid_size
+        return indices
 
 
 class PatchDropout(nn.Module):
@@ -84,7 +99,6 @@ class PatchDropout(nn.Module):
     grid_size: tuple[int, ...] | None
     ordered: bool
     tube: bool
-    keep_indices: Tensor | None
 
     def __init__(
         self,
@@ -101,8 +115,7 @@ class PatchDropout(nn.Module):
         self.grid_size = grid_size  # type: ignore[assignment]  # any sequence goes in, a tuple is kept
         self.ordered = ordered
         self.tube = tube
-        self.keep_indices = None
-        self._mask_shape: tuple[int, ...] = ()
+        self._drawn: Drawn = Drawn()
         self._seam: weakref.ref[nn.Module] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -124,7 +137,7 @@ class PatchDropout(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The latest draw, and the seat in a host, belong to this very object and not to its copies.
-        return {**self.__dict__, "keep_indices": None, "_seam": None}
+        return {**self.__dict__, "_drawn": Drawn(), "_seam": None}
 
     def extra_repr(self) -> str:
         parts = [f"mask_ratio={self.mask_ratio:g}"]
@@ -182,15 +195,25 @@ class PatchDropout(nn.Module):
         return self.training and self.mask_ratio > 0
 
     @property
+    def keep_indices(self) -> Tensor | None:
+        """(B, K) int64, the patches that the latest forward kept, counted without the prefix; None if it kept all."""
+        return self._drawn.indices
+
+    @keep_indices.setter
+    def keep_indices(self, indices: Tensor | None) -> None:
+        self._drawn.indices = indices
+
+    @property
     def keep_mask(self) -> Tensor | None:
         """`keep_indices` as (B, H, W) bool, True where kept, or None.
 
         (B, T, H, W) for videos, and (B, N) for images with grids of their own, or where no grid is known.
         """
-        if self.keep_indices is None:
+        indices, shape = self._drawn.indices, self._drawn.shape
+        if indices is None:
             return None
-        mask = self.keep_indices.new_zeros(len(self.keep_indices), math.prod(self._mask_shape), dtype=torch.bool)
-        return mask.scatter_(1, self.keep_indices, True).view(len(mask), *self._mask_shape)
+        mask = indices.new_zeros(len(indices), math.prod(shape), dtype=torch.bool)
+        return mask.scatter_(1, indices, True).view(len(mask), *shape)
 
     def keep_probability(
         self,
@@ -228,7 +251,7 @@ class PatchDropout(nn.Module):
             (B, P + K, D), or `x` itself where nothing is dropped.
         """
         if not self.active:
-            self.keep_indices = None
+            self._drawn.nothing()
             return x
         seam: Any = None if self._seam is None else self._seam()
         num_prefix_tokens = self.num_prefix_tokens
@@ -243,7 +266,6 @@ class PatchDropout(nn.Module):
         keep_indices = self.draw(x.shape[0], num_patches, grid_size, pixels=pixels, tokens=tokens, device=x.device)
         return take_drawn_tokens(x, keep_indices, num_prefix_tokens)
 
-    @torch.no_grad()
     def draw(
         self,
         batch_size: int,
@@ -277,6 +299,31 @@ class PatchDropout(nn.Module):
             (B, K) int64.
         """
         grid_size = None if grid_size is None else tuple(grid_size)
+        if num_patches < 1:
+            raise ValueError(f"num_patches must be at least 1, got {num_patches}")
+        if coords is None and valid is None and lengths is None and not self.tube:
+            scores = self._scores_on_grid(batch_size, num_patches, grid_size, generator, device)
+            if scores is not None:
+                indices = highest(scores, count_kept(num_patches, self.mask_ratio), self.ordered)
+                return self._drawn.these(indices, num_patches, grid_size)
+        return self._draw_by_scores(
+            batch_size, num_patches, grid_size, coords, valid, lengths, pixels, tokens, generator, device
+        )
+
+    @torch.no_grad()
+    def _draw_by_scores(
+        self,
+        batch_size: int,
+        num_patches: int,
+        grid_size: tuple[int, ...] | None,
+        coords: Tensor | None,
+        valid: Tensor | None,
+        lengths: Sequence[int] | None,
+        pixels: Tensor | None,
+        tokens: Tensor | None,
+        generator: torch.Generator | None,
+        device: torch.device | str | None,
+    ) -> Tensor:
         if coords is None:
             coords = self._coordinates(batch_size, num_patches, grid_size, device)
         elif coords.shape != (batch_size, num_patches, 2):
@@ -285,16 +332,15 @@ class PatchDropout(nn.Module):
             raise ValueError(
                 f"lengths must count the patches of a batch of 1, got {list(lengths)} for {batch_size} x {num_patches}"
             )
-        facts = Facts(coords, num_kept_patches(num_patches, self.mask_ratio), valid, pixels, tokens, grid_size)
+        facts = Facts(coords, count_kept(num_patches, self.mask_ratio), valid, pixels, tokens, grid_size)
         facts.check_for(type(self))
-        self._mask_shape = (num_patches,) if grid_size is None else grid_size
         if lengths is not None:
-            self.keep_indices = self._keep_packed(facts, lengths, generator)
+            indices = self._keep_packed(facts, lengths, generator)
         elif self.tube and grid_size is not None and len(grid_size) == 3:
-            self.keep_indices = self._keep_tubes(facts, grid_size[0], generator)
+            indices = self._keep_tubes(facts, grid_size[0], generator)
         else:
-            self.keep_indices = self._keep(facts, generator)
-        return self.keep_indices
+            indices = self._keep(facts, generator)
+        return self._drawn.these(indices, num_patches, grid_size)
 
     # The steps of a draw
 
@@ -312,16 +358,28 @@ class PatchDropout(nn.Module):
         check_grid_holds(grid_size, num_patches)
         return kept(coordinates_on, grid_size, device=device).expand(batch_size, -1, -1)
 
-    def _scores(self, facts: Facts, generator: torch.Generator | None) -> Tensor:
-        return scores_of(self, facts, generator)
+    def _scores_on_grid(
+        self,
+        batch_size: int,
+        num_patches: int,
+        grid_size: tuple[int, ...] | None,
+        generator: torch.Generator | None,
+        device: torch.device | str | None,
+    ) -> Tensor | None:
+        """The very scores (B, N) of images that share a grid, where a rule has them faster than by `scores`."""
+        return None
+
+    def _has_scores_of(self, rule: type["PatchDropout"]) -> bool:
+        """Whether nobody has written others."""
+        return type(self).scores is rule.scores and "scores" not in self.__dict__
 
     def _keep(self, facts: Facts, generator: torch.Generator | None) -> Tensor:
-        return highest(self._scores(facts, generator), cast("int", facts.num_kept), self.ordered)
+        return highest(scores_of(self, facts, generator), cast("int", facts.num_kept), self.ordered)
 
     def _keep_tubes(self, facts: Facts, num_frames: int, generator: torch.Generator | None) -> Tensor:
         """The same places in every frame, frame by frame."""
         per_frame = facts.coords.shape[1] // num_frames
-        num_kept = num_kept_patches(per_frame, self.mask_ratio)
+        num_kept = count_kept(per_frame, self.mask_ratio)
         kept = self._keep(facts.of_one_frame(num_frames, num_kept), generator)
         first = torch.arange(0, num_frames * per_frame, per_frame, device=kept.device)
         return (kept.unsqueeze(1) + first.unsqueeze(1)).flatten(1)

@@ -2,16 +2,17 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 LIMIT = 128
-_kept: OrderedDict[tuple[Any, ...], tuple[Tensor, int]] = OrderedDict()
+T = TypeVar("T", Tensor, tuple[Tensor, ...])
+_kept: OrderedDict[tuple[Any, ...], tuple[Any, int]] = OrderedDict()
 
 
-def kept(make: Callable[..., Tensor], *settings: Any, device: torch.device | str | None) -> Tensor:
+def kept(make: Callable[..., T], *settings: Any, device: torch.device | str | None) -> T:
     """`make(*settings, device=device)`, or what an earlier call with the same settings made.
 
     Nothing is kept, or taken, where a tensor of another time must not be: in a graph that is being captured or traced,
@@ -20,7 +21,7 @@ def kept(make: Callable[..., Tensor], *settings: Any, device: torch.device | str
     What somebody wrote into is made anew.
 
     Args:
-        make: a function of this library's, of nothing but its arguments.
+        make: a function of this library's, of nothing but its arguments, that returns a tensor or a tuple of them.
         settings: what it depends on besides, hashable.
     """
     if device is None or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
@@ -35,15 +36,20 @@ def kept(make: Callable[..., Tensor], *settings: Any, device: torch.device | str
         stream = torch.cuda.current_stream(device).cuda_stream
     key = (make, settings, device, stream)
     found = _kept.get(key)
-    if found is not None and found[0]._version == found[1]:
+    if found is not None and versions(found[0]) == found[1]:
         return found[0]
     with torch.inference_mode(False), torch.no_grad():
-        tensor = make(*settings, device=device)
-    if type(tensor) is Tensor:
-        _kept[key] = (tensor, tensor._version)
+        made = make(*settings, device=device)
+    if all(type(tensor) is Tensor for tensor in (made if isinstance(made, tuple) else (made,))):
+        _kept[key] = (made, versions(made))
         while len(_kept) > LIMIT:
             try:
                 _kept.popitem(last=False)
             except KeyError:  # another thread was quicker
                 break
-    return tensor
+    return made
+
+
+def versions(made: Any) -> int:
+    """How often somebody has written into it."""
+    return sum([tensor._version for tensor in made]) if type(made) is tuple else made._version

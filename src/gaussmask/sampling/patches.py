@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +27,14 @@ def take_drawn_patches(
 ) -> Tensor:
     """`take_patches` for indices that this library drew, which need no check."""
     batch_size, channels, *sides = images.shape
-    grid_size = tuple((side - patch) // step + 1 for side, patch, step in zip(sides, patch_size, stride, strict=True))
     if torch.compiler.is_compiling() or (images.requires_grad and torch.is_grad_enabled()) or images.numel() == 0:
         windows = images
         for axis, (patch, step) in enumerate(zip(patch_size, stride, strict=True), start=2):
             windows = windows.unfold(axis, patch, step)  # in the end a view (B, C, *grid, *patch)
         places: list[Tensor] = []  # the (y, x) of every kept patch, each (B, K)
         rest = keep_indices
-        for count in reversed(grid_size):
+        for side, patch, step in reversed(list(zip(sides, patch_size, stride, strict=True))):
+            count = (side - patch) // step + 1
             places.insert(0, rest % count)
             rest = rest // count
         batch = torch.arange(batch_size, device=images.device).unsqueeze(1)
@@ -42,24 +43,42 @@ def take_drawn_patches(
 
     # The same, but several times faster: a patch is made of runs of pixels that lie one behind the other in memory. A
     # run is a row of an overlapping view, and the rows of all patches are taken by one index_select.
-    channels_last = images.stride(1) == 1 and images.stride(-1) == channels > 1
-    if not channels_last and images.stride(-1) != 1:
+    if images.stride(-1) != 1 and not images.stride(1) == 1 < images.stride(-1) == channels:
         images = images.contiguous()
-    of_image, of_channel, *of_pixel = images.stride()
-    outer, run = list(zip(patch_size[:-1], of_pixel[:-1], strict=True)), [patch_size[-1]]
-    if channels_last:
-        run.append(channels)
-    else:
-        outer.insert(0, (channels, of_channel))
-    steps = tuple(step * distance for step, distance in zip(stride, of_pixel, strict=True))
-    of_patch = kept(offsets, *zip(grid_size, steps, strict=True), device=images.device).flatten()
-    of_run = kept(offsets, (batch_size, of_image), (1, 0), *outer, device=images.device)
-    of_kept = of_patch.index_select(0, keep_indices.flatten()).view(*keep_indices.shape, *(1 for _ in outer))
-    first = of_kept + of_run
-    length = 1 + sum((side - 1) * distance for side, distance in zip(images.shape, images.stride(), strict=True))
-    runs = images.as_strided((length - math.prod(run) + 1, math.prod(run)), (1, 1))
-    patches = runs.index_select(0, first.flatten()).view(*first.shape, *run)
-    return patches.movedim(-1, 2) if channels_last else patches
+    runs = Runs.of(images.shape, images.stride(), tuple(patch_size), tuple(stride))
+    of_patch = kept(offsets, *runs.of_patch, device=images.device)
+    of_run = kept(offsets, (batch_size, images.stride(0)), (1, 0), *runs.in_patch, device=images.device)
+    of_kept = of_patch.view(-1).index_select(0, keep_indices.reshape(-1))
+    first = of_kept.view(*keep_indices.shape, *(1,) * len(runs.in_patch)) + of_run
+    rows = images.as_strided((runs.number, math.prod(runs.shape)), (1, 1)).index_select(0, first.view(-1))
+    patches = rows.view(*first.shape, *runs.shape)
+    return patches.movedim(-1, 2) if runs.channels_last else patches
+
+
+class Runs(NamedTuple):
+    """Where the runs of pixels lie that patches are made of."""
+
+    of_patch: tuple[tuple[int, int], ...]  # the grid: (number of patches, distance) for each axis
+    in_patch: tuple[tuple[int, int], ...]  # within a patch, likewise
+    shape: tuple[int, ...]  # of a run
+    number: int  # of all runs, at every pixel
+    channels_last: bool
+
+    @classmethod
+    @lru_cache(maxsize=128)
+    def of(
+        cls, shape: tuple[int, ...], strides: tuple[int, ...], patch_size: tuple[int, ...], stride: tuple[int, ...]
+    ) -> "Runs":
+        """For images of this shape, these strides in memory, and patches of this size and stride."""
+        channels, of_channel, of_pixel = shape[1], strides[1], strides[2:]
+        channels_last = of_channel == 1 and strides[-1] == channels > 1
+        axes = zip(shape[2:], patch_size, stride, of_pixel, strict=True)
+        of_patch = tuple(((side - patch) // step + 1, step * distance) for side, patch, step, distance in axes)
+        in_patch = tuple(zip(patch_size[:-1], of_pixel[:-1], strict=True))
+        run = (patch_size[-1], channels) if channels_last else (patch_size[-1],)
+        in_patch = in_patch if channels_last else ((channels, of_channel), *in_patch)
+        pixels = 1 + sum((side - 1) * distance for side, distance in zip(shape, strides, strict=True))
+        return cls(of_patch, in_patch, run, pixels - math.prod(run) + 1, channels_last)
 
 
 def offsets(*axes: tuple[int, int], device: torch.device) -> Tensor:

@@ -81,7 +81,7 @@ def uniform_scores(coords: Tensor, generator: torch.Generator | None = None) -> 
     return uniform(coords.shape[:2], coords.device, generator)
 
 
-def uniform(size: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+def uniform(size: Sequence[int], device: torch.device | str | None, generator: torch.Generator | None = None) -> Tensor:
     """U[0, 1) in float32, whatever autocast says."""
     if generator is None:  # torch.rand takes symbolic sizes, and so compiles for any batch, only without the argument
         return torch.rand(size, device=device, dtype=torch.float32)
@@ -126,7 +126,12 @@ def preference_at(coords: Tensor, sigma: float, center: Sequence[float], samplin
 
 
 def preference_on(
-    grid_size: tuple[int, ...], sigma: float, center: tuple[float, float], sampling: str, *, device: torch.device
+    grid_size: tuple[int, ...],
+    sigma: float,
+    center: tuple[float, float],
+    sampling: str,
+    *,
+    device: torch.device | str | None,
 ) -> Tensor:
     """The same on a grid, (1, N) float32; the frames of a video (T, H, W) have that of a frame."""
     preference = preference_at(patch_coordinates(grid_size[-2:], device=device), sigma, center, sampling)

@@ -1,7 +1,6 @@
 """Taking rows: the prefix and the kept patches of every image, out of all its tokens."""
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from .checks import check_count, check_keep_indices, check_tokens
@@ -23,25 +22,37 @@ def token_indices(keep_indices: Tensor, num_patches: int, num_prefix_tokens: int
     if num_prefix_tokens == num_suffix_tokens == 0:
         return keep_indices
     length = num_prefix_tokens + num_patches + num_suffix_tokens
-    fixed = kept(fixed_rows, 1, length, num_prefix_tokens, num_suffix_tokens, device=keep_indices.device)
-    return with_patches(fixed.expand(len(keep_indices), -1), keep_indices, num_prefix_tokens)
+    sizes = (len(keep_indices), 0, num_prefix_tokens, num_suffix_tokens, length)
+    return with_patches(kept(fixed_rows, *sizes, device=keep_indices.device), keep_indices)
 
 
 def fixed_rows(
-    batch_size: int, length: int, num_prefix_tokens: int, num_suffix_tokens: int, *, device: torch.device
-) -> Tensor:
-    """The rows (B, P + 1 + S) of the prefix, the first patch and the suffix, where tokens (B, L, D) lie in (B L, D)."""
-    first_row = torch.arange(0, batch_size * length, length, device=device).unsqueeze(1)
+    batch_size: int,
+    apart: int,
+    num_prefix_tokens: int,
+    num_suffix_tokens: int,
+    length: int,
+    *,
+    device: torch.device | str | None,
+) -> tuple[Tensor, ...]:
+    """The rows of the prefix (B, P), the first patch (B, 1) and the suffix (B, S), of L rows for each image.
+
+    Args:
+        apart: how many rows lie between the first ones of two images: L, or 0 where they share them.
+    """
+    first_row = torch.arange(batch_size, device=device).unsqueeze(1) * apart
     row = torch.arange(length, device=device)
-    return first_row + torch.cat([row[: num_prefix_tokens + 1], row[length - num_suffix_tokens :]])
+    parts = row[:num_prefix_tokens], row[num_prefix_tokens : num_prefix_tokens + 1], row[length - num_suffix_tokens :]
+    return tuple(first_row + part for part in parts)
 
 
-def with_patches(fixed: Tensor, keep_indices: Tensor, num_prefix_tokens: int) -> Tensor:
+def with_patches(rows: tuple[Tensor, ...], keep_indices: Tensor) -> Tensor:
     """`fixed_rows` with the kept patches (B, K) in the place of the first one: (B, P + K + S)."""
-    patches = keep_indices + fixed[:, num_prefix_tokens : num_prefix_tokens + 1]
-    if fixed.shape[1] == 1:
+    prefix, first, suffix = rows
+    patches = keep_indices + first
+    if prefix.shape[1] == suffix.shape[1] == 0:
         return patches
-    return torch.cat([fixed[:, :num_prefix_tokens], patches, fixed[:, num_prefix_tokens + 1 :]], dim=1)
+    return torch.cat([prefix, patches] if suffix.shape[1] == 0 else [prefix, patches, suffix], dim=1)
 
 
 def take_drawn_tokens(x: Tensor, keep_indices: Tensor, num_prefix_tokens: int, num_suffix_tokens: int = 0) -> Tensor:
@@ -49,9 +60,9 @@ def take_drawn_tokens(x: Tensor, keep_indices: Tensor, num_prefix_tokens: int, n
     # One index_select over the rows of all images, prefix and kept together: several times faster than gather, cat or
     # advanced indexing, which expand the index over the width or walk the tokens twice.
     batch_size, length, width = x.shape
-    fixed = kept(fixed_rows, batch_size, length, num_prefix_tokens, num_suffix_tokens, device=x.device)
-    rows = with_patches(fixed, keep_indices, num_prefix_tokens)
-    return rearrange(x, "b l d -> (b l) d").index_select(0, rows.flatten()).view(*rows.shape, width)
+    sizes = (batch_size, length, num_prefix_tokens, num_suffix_tokens, length)
+    rows = with_patches(kept(fixed_rows, *sizes, device=x.device), keep_indices)
+    return x.reshape(batch_size * length, width).index_select(0, rows.view(-1)).view(*rows.shape, width)
 
 
 def take_tokens(x: Tensor, keep_indices: Tensor, num_prefix_tokens: int = 0) -> Tensor:

@@ -17,7 +17,11 @@ def num_kept_patches(num_patches: int, mask_ratio: float) -> int:
     Raises:
         ValueError, TypeError: for `num_patches` below 1, or a `mask_ratio` outside [0, 1).
     """
-    num_patches, mask_ratio = check_count("num_patches", num_patches, least=1), check_mask_ratio(mask_ratio)
+    return count_kept(check_count("num_patches", num_patches, least=1), check_mask_ratio(mask_ratio))
+
+
+def count_kept(num_patches: int, mask_ratio: float) -> int:
+    """`num_kept_patches` for arguments that need no check."""
     return max(1, math.floor(num_patches * (1 - mask_ratio) + 1e-6))
 
 

@@ -63,14 +63,15 @@ def is_in_method_of(*modules: nn.Module) -> bool:
 class Draw:
     """What one forward of a host keeps."""
 
+    num_patches: int = 0
+    keep_indices: Tensor | None = None
+    used: bool = False  # by something that lies beside the tokens
+    over: bool = False  # the forward of the tower has ended
+    ambiguous: bool = False  # made outside of a forward, while another had not been used yet
+
     def __init__(self, num_prefix_tokens: int, num_suffix_tokens: int) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         self.num_suffix_tokens = num_suffix_tokens
-        self.num_patches = 0
-        self.keep_indices: Tensor | None = None
-        self.used: bool = False  # by something that lies beside the tokens
-        self.over: bool = False  # the forward of the tower has ended
-        self.ambiguous: bool = False  # made outside of a forward, while another had not been used yet
 
     def rows(self, length: int) -> Tensor | None:
         """The rows (B, M) that stay of a table of `length`, one row per patch or per token; None for all of them."""

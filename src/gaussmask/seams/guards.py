@@ -17,6 +17,9 @@ PARTS = (
 )
 
 
+MASKS = ("attn_mask", "attention_mask")  # arguments that are masks over all tokens
+
+
 class MustReachDrop(Helper):
     """Sees to it that the patches of a forward come to the drop, and raises where they go on without it.
 
@@ -96,15 +99,19 @@ class MustReachDrop(Helper):
             self.check_followers(module)
 
     def embedded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the patch embedding."""
+        """Forward hook of the patch embedding, whose output also shows the grid."""
         if any(isinstance(value, torch.fx.Proxy) for value in (output if isinstance(output, tuple) else (output,))):
             raise UnsupportedModelError(
                 f"{self.host_name} carries a drop, whose hooks torch.fx cannot trace (nor torchvision's "
                 "create_feature_extractor, which uses it): detach first"
             )
-        self.now.pending = self.active
-        if self.active:
+        if (seam := self.link.seam) is None:
+            return
+        now = self.link.now
+        now.pending = self.link.drop.active
+        if now.pending and not now.running:
             self.claim(module)
+        seam.watch_grid(module, args, output)
 
     def claim(self, module: nn.Module) -> None:
         """One forward at a time: raise where another thread is, or may be, in the middle of one."""
@@ -124,9 +131,13 @@ class MustReachDrop(Helper):
             )
         self.now.thread = thread
 
-    def before_block(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the first block, unless a backward runs it again."""
-        if self.now.pending and self.active and (torch.compiler.is_compiling() or not in_backward()):
+        get = kwargs.get
+        some = get("is_causal") or get("attn_mask") is not None or get("attention_mask") is not None
+        if some and self.active:
+            self.seam.arguments.check_block(args, kwargs)
+        if self.link.now.pending and self.active and (torch.compiler.is_compiling() or not in_backward()):
             self.demand()
 
     def reached(self) -> None:
@@ -202,11 +213,10 @@ class TokenArguments(Helper):
             "out, or turn the drop off (drop.eval())"
         )
 
-    def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook."""
-        if kwargs and self.active:
-            num_tokens = args[0].shape[1] if args and self.seam.makes_masks else None
-            self.check(kwargs, self.seam.block_masks_refused, num_tokens)
+    def check_block(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Of a call of the first block."""
+        num_tokens = args[0].shape[1] if args and self.seam.makes_masks else None
+        self.check(kwargs, self.seam.block_masks_refused, num_tokens)
 
 
 class NoDenseMaps(Linked):

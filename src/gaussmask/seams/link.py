@@ -53,7 +53,7 @@ class Helper(Linked):
 
     @property
     def drop(self) -> Any:
-        return self.link.seam.drop
+        return self.link.drop
 
     @property
     def host_name(self) -> str:
@@ -63,8 +63,8 @@ class Helper(Linked):
     @property
     def active(self) -> bool:
         """Whether this forward drops patches."""
-        seam = self.link.seam
-        return seam is not None and seam.drop.active
+        drop = self.link.drop
+        return drop is not None and drop.active
 
     def leave(self, module: nn.Module) -> None:
         """Leave a module as it was, if more than a hook was put into it."""
@@ -104,6 +104,7 @@ class Link:
 
     def __init__(self) -> None:
         self.seam: Any = None
+        self.drop: Any = None  # of the seam, by a way that is shorter than that of a submodule
         self.host: Any = None
         self.tower: Any = None
         self.projection: Any = None
@@ -139,7 +140,7 @@ class Link:
 
     def cut(self) -> None:
         """Part what lies in the host from the seam, and take it off."""
-        self.seam = self.host = self.tower = self.projection = None
+        self.seam = self.drop = self.host = self.tower = self.projection = None
         for module in self.touched:
             take_off(module)
 

@@ -241,7 +241,7 @@ class PackedSeam(Seam):
         self.guard.reached()
         x = self.tokens.read(args, kwargs)
         if not self.drop.active:
-            self.drop.keep_indices = None
+            self.drop._drawn.nothing()
             return None
         mask = self.mask.read(args, kwargs)
         if mask is None:

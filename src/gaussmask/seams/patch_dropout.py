@@ -69,6 +69,9 @@ class NaFlexSeam(Seam):
         embeds: Any = place.module.get_submodule(place.host.patch_embedding)
         return Flat(tuple(embeds.patch_size), getattr(embeds, "channels_last", True))
 
+    def watch_grid(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """It is in the keywords too."""
+
     def watch(self, patch_embedding: nn.Module) -> None:
         self.link.after(patch_embedding, self.relay.watch_embeds)
 
@@ -80,7 +83,7 @@ class NaFlexSeam(Seam):
                 "inference put the model into training mode, with its other dropouts at 0"
             )
         if not training:
-            self.drop.keep_indices = None  # the seam, which would say so, is skipped
+            self.drop._drawn.nothing()  # the seam, which would say so, is skipped
             return
         grid_size = output[1]
         self.now.grid_size = grid_size

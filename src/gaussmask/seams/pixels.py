@@ -175,8 +175,10 @@ class PixelStage(Helper):
         conv, sides = cast("Any", module), blank.shape[2:]
         axes = zip(sides, padding_of(conv), conv.kernel_size, conv.stride, strict=True)
         grid_size = [(side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in axes]
-        one = (slice(None), slice(None), *(slice(1) for _ in sides))
-        return output[one].repeat(1, 1, *grid_size)
+        if any(side != 1 for side in output.shape[2:]):  # with padding
+            one: tuple[slice, ...] = (slice(None), slice(None), *(slice(1) for _ in sides))
+            output = output[one]
+        return output.repeat(1, 1, *grid_size)
 
     def arranged(self, images: Tensor) -> Tensor:
         """The input of the entry as it reaches the projection."""

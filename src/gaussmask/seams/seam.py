@@ -20,7 +20,7 @@ from ..drops.base import PatchDropout
 from ..sampling.checks import plain_number
 from ..sampling.tokens import take_drawn_tokens
 from .call import Draw, Forward
-from .guards import MustReachDrop, NoDenseMaps, TokenArguments
+from .guards import MASKS, MustReachDrop, NoDenseMaps, TokenArguments
 from .host import Place
 from .link import Helper, Link, Linked
 from .patches import CaughtPatches, Flat, why_not_cut
@@ -41,10 +41,6 @@ class Relay(Helper):
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         if (seam := self.seam) is not None:
             seam.begin(module, args, kwargs)
-
-    def watch_grid(self, module: nn.Module, args: Args, output: Any) -> None:
-        if (seam := self.seam) is not None:
-            seam.watch_grid(module, args, output)
 
     def watch_embeds(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
         if (seam := self.seam) is not None:
@@ -69,7 +65,7 @@ class Seam(nn.Module, Linked):
 
     pixels_by_default: ClassVar[type[PixelStage] | str]  # how, or why not, where the row of a family says nothing
     projection_below: ClassVar[str] = ""  # path of the projection, below the patch embedding
-    masks_refused: ClassVar[tuple[str, ...]] = ("attn_mask", "attention_mask")  # arguments that do not follow the drop
+    masks_refused: ClassVar[tuple[str, ...]] = MASKS  # arguments that do not follow the drop
     block_masks_refused: ClassVar[tuple[str, ...]] = ()  # those that a tower hands on to its blocks under their names
     makes_masks: ClassVar[bool] = False  # whether a tower makes such masks by itself, of the kept tokens
 
@@ -82,7 +78,7 @@ class Seam(nn.Module, Linked):
         self.num_suffix_tokens: int = host.count(host.suffix, place.module)
         self.replaced: nn.Module | None = None  # the host's own patch dropout, which goes on following its mode
         self.link: Link = Link()
-        self.link.seam, self.link.host = self, place.module
+        self.link.seam, self.link.drop, self.link.host = self, drop, place.module
         self.relay: Relay = Relay(self.link)
         self.guard: MustReachDrop = MustReachDrop(self.link)
         self.arguments: TokenArguments = TokenArguments(self.link)
@@ -96,7 +92,7 @@ class Seam(nn.Module, Linked):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.link.seam = self
+        self.link.seam, self.link.drop = self, self.drop
         self.drop._seam = weakref.ref(self)  # the copied drop sits in the copied host
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -106,6 +102,8 @@ class Seam(nn.Module, Linked):
                 f"{name!r}: set gaussmask.attached(model).mask_ratio"
             )
         super().__setattr__(name, value)
+        if name == "drop" and "link" in vars(self):  # exchanged by hand
+            self.link.drop, value._seam = value, weakref.ref(self)
 
     def __prepare_scriptable__(self) -> Any:  # what torch.jit.script asks for
         raise UnsupportedModelError(
@@ -220,8 +218,6 @@ class Seam(nn.Module, Linked):
         patch_embedding, first_block = module.get_submodule(host.patch_embedding), place.first_block()
         self.guard.watch_parts(patch_embedding, first_block)
         self.watch(patch_embedding)
-        if first_block is not None:
-            link.before(first_block, self.arguments.before_block)
         for class_name, follower in host.followers.items():
             for part in place.within(class_name):
                 follower(link).install(part)
@@ -241,15 +237,15 @@ class Seam(nn.Module, Linked):
     # What the host tells
 
     def watch(self, patch_embedding: nn.Module) -> None:
-        self.link.after(patch_embedding, self.relay.watch_grid)
+        """Hook what `watch_grid` cannot see."""
 
     def watch_grid(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook of a convolution: its output is the grid, of an image (H, W) or of a video (T, H, W)."""
+        """The grid, of what a convolution returned: (H, W) of an image or (T, H, W) of a video."""
         self.now.grid_size = tuple(output.shape[2:])
 
     def agreed(self, name: str, host_value: Any) -> Any:
         """The host's value of a drop's argument, which a value of the drop's own must not contradict."""
-        own = getattr(self.drop, name)
+        own = getattr(self.link.drop, name)
         if own is not None and own != host_value:
             raise ValueError(
                 f"the drop says {name}={own}, but {self.host_name} has {host_value}: leave {name} None and the host's "
@@ -266,7 +262,7 @@ class Seam(nn.Module, Linked):
 
     def current_draw(self, *, behind: bool = False) -> Draw:
         """The draw of the forward that is running, for what the host makes after it, or `behind` its tower."""
-        if not self.drop.active:
+        if not self.link.drop.active:
             return self.new_draw()
         draw = self.now.draw
         if draw.keep_indices is None or (draw.over and not behind):
@@ -287,11 +283,11 @@ class Seam(nn.Module, Linked):
         self, x: Tensor, num_prefix_tokens: int | None = None, **facts: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Drop tokens as told by `facts` (see `PatchDropout.draw`), or by the grid that was watched."""
-        self.guard.reached()
-        now = self.now
+        now, drop = self.link.now, self.link.drop
+        now.pending = now.expected = False
         watched, now.grid_size = now.grid_size, None  # true for one forward only
-        prefix = self.agreed("num_prefix_tokens", self.num_prefix_tokens)
-        prefix = prefix if num_prefix_tokens is None else num_prefix_tokens
+        self.agreed("num_prefix_tokens", self.num_prefix_tokens)
+        prefix = self.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens
         # Never the draw of a forward before: a layer that is recomputed may still need it as it is.
         draw, now.begun = now.begun or self.new_draw(), None
         draw.num_patches = plain_number(x.shape[1]) - prefix - self.num_suffix_tokens
@@ -299,8 +295,8 @@ class Seam(nn.Module, Linked):
         draw.ambiguous = not (now.running or last.keep_indices is None or last.used or last.over)
         if facts:
             self.agree_to_own_grids(facts)
-        if not self.drop.active:
-            self.drop.keep_indices = None
+        if not drop.active:
+            drop._drawn.nothing()
             return x, None
         facts = facts or {"grid_size": self.agreed("grid_size", self.known_grid(watched))}
         images = None if self.pixels is None else self.pixels.take()
@@ -314,7 +310,7 @@ class Seam(nn.Module, Linked):
                 f"{self.host_name} reached its patch dropout without the patch embedding that it had at attach, so the "
                 "grid is unknown: if it was replaced, attach again; otherwise call the model's forward, or detach first"
             )
-        return tuple(plain_number(side) for side in watched)
+        return watched if type(watched[0]) is int else tuple(plain_number(side) for side in watched)
 
     def ask_drop(
         self,
@@ -335,12 +331,13 @@ class Seam(nn.Module, Linked):
                 f"besides its {self.num_prefix_tokens + self.num_suffix_tokens} others: if it was given further "
                 "tokens, count them in its num_prefix_tokens and attach again"
             )
-        if asked := self.drop.asks_for:
+        drop: PatchDropout = self.link.drop
+        if asked := drop.asks_for:
             if "pixels" in asked:
                 facts["pixels"] = self.all_patches(images)
             if "tokens" in asked:
                 facts["tokens"] = x[:, prefix : prefix + num_patches]
-        return self.drop.draw(batch_size, num_patches, grid_size, **facts, device=x.device)
+        return drop.draw(batch_size, num_patches, grid_size, **facts, device=x.device)
 
     def all_patches(self, images: Images | None) -> Tensor:
         """All patches (B, N, C, h, w) as they enter the projection, for a rule that asks for pixels."""
