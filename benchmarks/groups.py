@@ -20,7 +20,7 @@ class Group:
     Args:
         keys: what tells this group from the others; they are part of every row of the results.
         build: makes the contenders. Called when the group comes to its turn, because models are large.
-        reference, baseline: contenders, see `timing.summarize`.
+        reference, baseline, without: contenders, see `timing.summarize`.
         round_seconds: what a round may cost on 2 CPU cores; only the progress bar depends on it.
         compiles: number of contenders to be compiled; likewise.
     """
@@ -32,6 +32,7 @@ class Group:
     rounds: int
     round_seconds: float
     compiles: int = 0
+    without: str | None = None
 
     @property
     def seconds(self) -> float:
@@ -62,7 +63,7 @@ def run_group(group: Group, *, device: str, seed: int, advance: Callable[[float]
         advance(before_timing / len(contenders))
     per_sample = group.round_seconds / len(contenders)
     samples = interleave(contenders, repeats, group.rounds, clock, lambda: advance(per_sample))
-    records = summarize(samples, contenders, group.reference, group.baseline)
+    records = summarize(samples, contenders, group.reference, group.baseline, group.without)
     named = {**group.keys, "reference": group.reference, "baseline": group.baseline}
     rows = [named | record | {"peak_mib": peak} for record, peak in zip(records, peaks, strict=True)]
     del contenders, contender

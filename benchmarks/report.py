@@ -56,7 +56,12 @@ def text(results: Results) -> str:
     """Everything in words: where it was measured and how, and a table for every part."""
     rows = pd.DataFrame(results["rows"])
     found = [machine_line(results)]
-    for part, make in (("layer", layer_table), ("step", step_table), ("clip", clip_table)):
+    for part, make in (
+        ("layer", layer_table),
+        ("overhead", overhead_table),
+        ("step", step_table),
+        ("clip", clip_table),
+    ):
         if len(rows) and (rows["part"] == part).any():
             found.append(make(rows[rows["part"] == part]))
     if results["cuda"]:
@@ -112,6 +117,13 @@ def layer_table(rows: pd.DataFrame) -> str:
         table = pivot(of_mode.assign(cell=cells), ["pass", "contender"])
         texts.append(f"{of_mode['model'].iloc[0]}, {dtype}, {mode}:\n\n{table}")
     return "\n\n".join(texts)
+
+
+def overhead_table(rows: pd.DataFrame) -> str:
+    """Microseconds that a drop adds to a forward, and that in units of what timm's adds."""
+    added = (1000 * rows["added"]).map("{:.0f} µs, ".format) + [spread(row, "added_ratio") for row in rows.itertuples()]
+    cells = added.where(rows["contender"] != rows["baseline"], (1000 * rows["ms"]).map("{:.0f} µs in all".format))
+    return f"{rows['model'].iloc[0]}, what is added to a forward:\n\n{pivot(rows.assign(cell=cells), ['contender'])}"
 
 
 def step_table(rows: pd.DataFrame) -> str:

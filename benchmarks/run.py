@@ -18,6 +18,7 @@ from typing import Any
 
 import part_clip
 import part_layer
+import part_overhead
 import part_step
 import sizes
 import torch
@@ -34,16 +35,17 @@ class Config:
     """What to measure, and how often.
 
     Args:
-        parts: any of layer (the drop by itself), step (a training step of a ViT) and clip (CLIP training).
+        parts: any of layer (the drop by itself), overhead (what it adds to a forward that has little else to do), step
+            (a training step of a ViT) and clip (CLIP training).
         ratios: shares of the patches that are dropped.
         modes: of part step: eager, compiled.
         layer_modes: of part layer, likewise.
-        stages: of the drop in parts step and clip: tokens, pixels.
+        stages: of the drop in parts overhead, step and clip: tokens, pixels.
         models: of part step; all of them if none is named.
         unmasked: whether part step times the step on all patches too, which takes longer than all others together.
         dtype: of parts step and clip: float32, bfloat16 (autocast), or auto for the faster of the two on this device.
         rounds: of parts step and clip. Every contender is timed once per round.
-        layer_rounds: of part layer, whose calls are short.
+        layer_rounds: of parts layer and overhead, whose calls are short.
         memory_budget: GiB that part clip may fill with weights, gradients, moments and activations on a CPU; on a GPU
             it takes nine tenths of the free memory.
         seed: of weights, inputs and masks.
@@ -51,7 +53,7 @@ class Config:
         output: folder for the results.
     """
 
-    parts: tuple[str, ...] = ("layer", "step", "clip")
+    parts: tuple[str, ...] = ("layer", "overhead", "step", "clip")
     ratios: tuple[float, ...] = (0.5, 0.75, 0.918)
     modes: tuple[str, ...] = ("eager", "compiled")
     layer_modes: tuple[str, ...] = ("eager",)
@@ -69,7 +71,7 @@ class Config:
 
     def __post_init__(self) -> None:
         known = {
-            "parts": ("layer", "step", "clip"),
+            "parts": ("layer", "overhead", "step", "clip"),
             "modes": ("eager", "compiled"),
             "layer_modes": ("eager", "compiled"),
             "stages": ("tokens", "pixels"),
@@ -140,6 +142,8 @@ def plan(config: Config, size: sizes.Sizes, dtype: torch.dtype) -> list[Group]:
     rounds, layer_rounds, modes, layer_modes = config.rounds, config.layer_rounds, config.modes, config.layer_modes
     if "layer" in config.parts:
         groups += part_layer.groups(size, ratios=ratios, modes=layer_modes, device=device, rounds=layer_rounds)
+    if "overhead" in config.parts:
+        groups += part_overhead.groups(ratios=ratios, stages=config.stages, device=device, rounds=layer_rounds)
     training: dict[str, Any] = {"ratios": ratios, "stages": config.stages, "device": device, "dtype": dtype}
     if "step" in config.parts:
         groups += part_step.groups(size, **training, modes=modes, unmasked=config.unmasked, rounds=rounds)

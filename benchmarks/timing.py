@@ -124,7 +124,11 @@ def interleave(
 
 
 def summarize(
-    samples: pd.DataFrame, contenders: Sequence[Contender], reference: str, baseline: str
+    samples: pd.DataFrame,
+    contenders: Sequence[Contender],
+    reference: str,
+    baseline: str,
+    without: str | None = None,
 ) -> list[dict[str, Any]]:
     """One record per contender, with medians and the quartiles `_q25` and `_q75` over the rounds.
 
@@ -132,6 +136,8 @@ def summarize(
         samples: from `interleave`.
         reference: `ratio` is the time per image in units of this contender's, formed within each round.
         baseline: `speed_up` is this contender's time per image over that of the row, formed within each round.
+        without: where there is one, `added` is the milliseconds beyond this contender's, and `added_ratio` that in
+            units of what the reference adds, both formed within each round.
     """
     per_image = samples / pd.Series({contender.name: contender.batch for contender in contenders})
     measures = {
@@ -139,6 +145,9 @@ def summarize(
         "ratio": per_image.div(per_image[reference], axis=0),
         "speed_up": per_image.rdiv(per_image[baseline], axis=0),
     }
+    if without is not None:
+        measures["added"] = samples.sub(samples[without], axis=0)
+        measures["added_ratio"] = measures["added"].div(measures["added"][reference], axis=0)
     records = []
     for contender in contenders:
         record: dict[str, Any] = {"contender": contender.name, "batch": contender.batch}

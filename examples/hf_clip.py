@@ -82,7 +82,7 @@ class Config:
         mask_ratio: share of the patches that are dropped.
         sigma: variance of GLIP's Gaussian, see gaussmask.GaussianPatchDropout.
         sampling: of GLIP, additive (the authors' own) or weighted.
-        stage: tokens or pixels: drop after or before the patch embedding.
+        stage: tokens or pixels: drop after or before the patch embedding; auto for pixels where they give the same.
         tuning_epochs: so many of the epochs, the last ones, are unmasked tuning.
         model: folder or hub name of a model to go on from; without it, a small one is made as follows.
         from_scratch: take the shape, the tokenizer and the image size of `model`, but not its weights.
@@ -102,7 +102,7 @@ class Config:
     mask_ratio: float = 0.5
     sigma: float = 0.2
     sampling: str = "additive"
-    stage: str = "tokens"
+    stage: str = "auto"
     tuning_epochs: float = 1
     model: str | None = None
     from_scratch: bool = False

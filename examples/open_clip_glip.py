@@ -42,7 +42,7 @@ def main(argv: list[str]) -> Any:
     parser.add_argument("--patch-dropout-method", choices=["glip", "flip"], default="glip", help="default: glip")
     parser.add_argument("--sigma", type=float, default=0.2, help="of glip: variance of the Gaussian; default: 0.2")
     parser.add_argument("--sampling", default="additive", help="of glip: additive (default, the authors') or weighted")
-    parser.add_argument("--stage", default="tokens", help="tokens (default) or pixels: drop before the embedding")
+    parser.add_argument("--stage", default="auto", help="tokens, or pixels: drop before the embedding (default: auto)")
     parser.add_argument("--model-config", metavar="DIR/NAME.json", help="a model of your own, for --model NAME")
     ours, theirs = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(theirs):

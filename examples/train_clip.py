@@ -94,7 +94,8 @@ class Config:
         mask_ratio: share of the patches that flip and glip drop.
         sigma: of glip: the variance of the Gaussian on the square [-1, 1]^2.
         sampling: of glip: additive (the authors' rule) or weighted (every patch has a chance).
-        stage: where patches are dropped: after the projection (tokens) or before (pixels).
+        stage: where patches are dropped: after the projection (tokens), before (pixels), or before where that gives the
+            same tokens (auto).
         small_image_size: of reclip; half of the model's image size if not given.
         loss: softmax over the batch (clip) or sigmoid of each pair (siglip).
         epochs: of the masked training; a fraction is part of an epoch.
@@ -148,7 +149,7 @@ class Config:
     mask_ratio: float = 0.5
     sigma: float = 0.2
     sampling: Literal["additive", "weighted"] = "additive"
-    stage: Literal["tokens", "pixels"] = "tokens"
+    stage: Literal["auto", "tokens", "pixels"] = "auto"
     small_image_size: int | None = None
     loss: Literal["clip", "siglip"] = "clip"
 

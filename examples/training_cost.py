@@ -29,7 +29,8 @@ class Config:
         image_tower: timm:NAME or transformers:NAME instead of the model's own image tower.
         image_size: instead of the model's own.
         mask_ratios: shares of the patches that are dropped; 0 is training without a mask.
-        stage: where they are dropped: after the projection (tokens) or before (pixels).
+        stage: where they are dropped: after the projection (tokens), before (pixels), or before where that gives the
+            same tokens (auto).
         samples: images of one epoch.
         epochs: of training.
     """
@@ -38,7 +39,7 @@ class Config:
     image_tower: str | None = None
     image_size: int | None = None
     mask_ratios: tuple[float, ...] = (0, 0.5, 0.75, 0.918)
-    stage: str = "tokens"
+    stage: str = "auto"
     samples: float = 10e6
     epochs: float = 30
 

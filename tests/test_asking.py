@@ -474,9 +474,9 @@ def test_every_rule_keeps_and_makes_the_same_at_both_stages(name, rule):
 
 
 def test_who_does_not_ask_has_nothing_caught():
-    model = gaussmask.attach(make_timm(), RandomPatchDropout(0.5))
+    model = gaussmask.attach(make_timm(), RandomPatchDropout(0.5), stage="tokens")
     assert not model.patch_embed.proj._forward_pre_hooks
-    assert gaussmask.attach(model, ClusterPatchDropout(0.5)).patch_embed.proj._forward_pre_hooks
+    assert gaussmask.attach(model, ClusterPatchDropout(0.5), stage="tokens").patch_embed.proj._forward_pre_hooks
     assert not gaussmask.detach(model).patch_embed.proj._forward_pre_hooks
 
 

@@ -113,15 +113,16 @@ def test_a_model_in_eval_mode_is_told_to_be_idle():
     with pytest.warns(
         UserWarning, match=r"VisionTransformer is in eval mode.*GaussianPatchDropout is idle.*model\.train"
     ):
-        gaussmask.attach(model, drop)
+        gaussmask.attach(model, drop, stage="tokens")
     assert "attached to VisionTransformer at stage 'tokens', idle in eval mode" in repr(drop)
     assert "eval: nothing is dropped until model.train()" in str(gaussmask.describe(model))
     model.train()
     assert repr(drop).endswith(") attached to VisionTransformer at stage 'tokens'")
     assert "mode" not in str(gaussmask.describe(model))
     assert "attached" not in repr(copy.deepcopy(drop))
-    gaussmask.attach(model, drop, stage="pixels")
-    assert "at stage 'pixels'" in repr(drop)
+    for stage in ("auto", "pixels"):
+        gaussmask.attach(model, drop, stage=stage)
+        assert "at stage 'pixels'" in repr(drop)
     gaussmask.detach(model)
     assert "attached" not in repr(drop)
 

@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import part_clip
 import part_layer
+import part_overhead
 import part_step
 import report
 import sizes
@@ -30,6 +31,7 @@ GROUP = ["part", "model", "dtype", "mask_ratio", "mode", "pass"]
 MASKED = {f"gaussmask {stage}" for stage in STAGES}
 CONTENDERS = {
     "layer": set(part_layer.layers(0.5, 4)),
+    "overhead": set(part_overhead.models(0.5, STAGES)),
     "step": {"unmasked", "timm patch_drop_rate", "ideal"} | MASKED,
     "clip": {"no mask"} | MASKED,
 }

@@ -57,7 +57,7 @@ def test_text_at_a_glance():
         "  always kept   1 in front, 3 behind",
         "  grid          6 x 6 as configured; a forward goes by its input",
         "  patches kept  18 at 0.5, 9 at 0.75, 2 at 0.918 of 36",
-        "  pixels stage  possible",
+        "  stage         pixels",
     ]
 
 

@@ -22,7 +22,7 @@ def token_indices(keep_indices: Tensor, num_patches: int, num_prefix_tokens: int
     if num_prefix_tokens == num_suffix_tokens == 0:
         return keep_indices
     length = num_prefix_tokens + num_patches + num_suffix_tokens
-    sizes = (len(keep_indices), 0, num_prefix_tokens, num_suffix_tokens, length)
+    sizes = (keep_indices.shape[0], 0, num_prefix_tokens, num_suffix_tokens, length)
     return with_patches(kept(fixed_rows, *sizes, device=keep_indices.device), keep_indices)
 
 

@@ -26,6 +26,12 @@ class FromProjection(PixelStage):
     def entry(self) -> nn.Module:
         return self.projection
 
+    def obstacle_in_call(self, images: Tensor, others: dict[str, Any]) -> str | None:
+        num_axes = 1 if isinstance(self.projection, nn.Linear) else len(cast("Any", self.projection).kernel_size)
+        if images.ndim != 2 + num_axes:
+            return f"its projection was given {tuple(images.shape)}, which is no batch of images of one size"
+        return super().obstacle_in_call(images, others)
+
 
 class FromPatchProjection(FromProjection):
     """RADIO: its module cuts the images into flattened patches, and projects them."""
@@ -99,9 +105,11 @@ class CutToPatches(PixelStage):
     only = "for images, and not for padded batches of patches"
 
     def obstacle_in_call(self, images: Any, others: dict[str, Any]) -> str | None:
+        if reason := super().obstacle_in_call(images, others):
+            return reason
         if not isinstance(images, Tensor) or images.ndim != 4:
             return f"it was given patches, not images (B, C, H, W): {OWN_POSITIONS}"
-        return super().obstacle_in_call(images, others)
+        return None
 
     def shape_at_projection(self, images: Tensor) -> tuple[int, ...]:
         grid = [side // patch for side, patch in zip(images.shape[2:], self.patch_size, strict=True)]

@@ -63,6 +63,8 @@ def obstacle_on_the_way(host: nn.Module, paths: Sequence[str], projection: nn.Mo
                     f"its {name or type(module).__name__} carries hooks of somebody else's, which would see one blank "
                     "image in place of the batch"
                 )
+            if module is not host and type(module).__name__.startswith("FSDP"):
+                return f"its {name} is sharded by itself: shard it together with the model around it"
             if isinstance(module, _DropoutNd):
                 if module.p > 0:
                     return (
@@ -87,12 +89,21 @@ class Obstacle(NamedTuple):
     state: list[Any]
 
 
+SETTINGS = ("p", "groups", "dilation", "padding", "padding_mode")  # of a dropout and of a convolution
+
+
 def state_of(host: nn.Module, methods: Sequence[str], modules: Sequence[nn.Module]) -> list[Any]:
     """All that the functions above look at and somebody may change between two forwards; to be compared."""
     state: list[Any] = [getattr(host, name, None) for name in methods]
     for module in modules:
         own = module.__dict__
-        state += (type(module), module.forward, own.get("p"), *own["_modules"].values())
+        state += (
+            type(module),
+            module.forward,
+            "forward" in own,
+            *own["_modules"].values(),
+            *(own.get(name) for name in SETTINGS),
+        )
         state += (*own["_forward_hooks"], None, *own["_forward_pre_hooks"], None, *own["_backward_hooks"])
         state += (None, *own["_backward_pre_hooks"])
     return state

@@ -216,6 +216,8 @@ class PixelStage(Helper):
             keep_indices: (B, K), counted over the patches.
         """
         images, blank = taken
+        if reason := self.obstacle_in_weight():
+            raise cannot_drop_pixels(self.host_name, reason)
         if len(table) != 1 or self.shape_at_projection(images) != blank.shape[1:]:
             raise cannot_drop_pixels(
                 self.host_name,

@@ -191,8 +191,9 @@ class Seam(nn.Module, Linked):
         projection = place.module.get_submodule(self.projection_path(place))
         patch_embedding = place.module.get_submodule(place.host.patch_embedding)
         if reason := why_not_cut(patch_embedding, projection, self.flat_patches(place)):
+            rule = type(self.drop).__name__
             raise UnsupportedModelError(
-                f"{self.host_name} cannot give the pixels that {type(self.drop).__name__} asks for: {reason}"
+                f"{self.host_name} cannot give the pixels that the scores of {rule} ask for: {reason}"
             )
 
     # Installation

@@ -1,0 +1,67 @@
+"""Part overhead: what a drop adds to a forward that has next to nothing else to do, so that the host is the limit.
+
+A ViT of one narrow block, without gradients. What counts is how much longer a forward takes than without a drop: Python
+and, on a GPU, launches. On a large model the same microseconds disappear behind the blocks.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+import torch
+from groups import Group
+from timing import Contender
+from torch import Tensor, nn
+
+import gaussmask
+
+MODEL = "vit_tiny_patch16_224"
+SMALLEST: dict[str, Any] = {
+    "img_size": 32, "patch_size": 8, "embed_dim": 16, "num_heads": 1, "depth": 1, "num_classes": 2,
+}  # fmt: skip
+BATCH = 2
+WITHOUT = "no drop"
+BASELINE = "timm patch_drop_rate"
+
+
+def models(mask_ratio: float, stages: Sequence[str]) -> dict[str, nn.Module]:
+    """The ViT without a drop, with timm's own, and with both rules at every stage."""
+    found = {WITHOUT: build(), BASELINE: build(patch_drop_rate=mask_ratio)}
+    for stage in stages:
+        for rule in (gaussmask.RandomPatchDropout, gaussmask.GaussianPatchDropout):
+            name = rule.__name__.removesuffix("PatchDropout")
+            found[f"gaussmask {name}, {stage}"] = gaussmask.attach(build(), rule(mask_ratio), stage=stage)
+    return found
+
+
+def build(**more: Any) -> nn.Module:
+    model: nn.Module = timm.create_model(MODEL, **SMALLEST, **more)
+    return model
+
+
+def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], object]:
+    def call() -> None:
+        with torch.no_grad():
+            model(images)
+
+    return call
+
+
+def contenders(mask_ratio: float, stages: Sequence[str], device: str) -> list[Contender]:
+    images = torch.randn(BATCH, 3, SMALLEST["img_size"], SMALLEST["img_size"], device=device)
+    return [
+        Contender(name, forward(model.to(device).train(), images), batch=BATCH)
+        for name, model in models(mask_ratio, stages).items()
+    ]
+
+
+def groups(*, ratios: Sequence[float], stages: Sequence[str], device: str, rounds: int) -> list[Group]:
+    found = []
+    for mask_ratio in ratios:
+        keys = {"part": "overhead", "model": "ViT of one block", "dtype": "float32", "mask_ratio": mask_ratio}
+        build = functools.partial(contenders, mask_ratio, stages, device)
+        seconds = 0.02 * len(models(mask_ratio, stages))
+        keys |= {"mode": "eager", "pass": "forward"}
+        found.append(Group(keys, build, BASELINE, WITHOUT, rounds, seconds, without=WITHOUT))
+    return found
