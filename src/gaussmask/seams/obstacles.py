@@ -102,7 +102,7 @@ def state_of(host: nn.Module, methods: Sequence[str], modules: Sequence[nn.Modul
             module.forward,
             "forward" in own,
             *own["_modules"].values(),
-            *(own.get(name) for name in SETTINGS),
+            *map(own.get, SETTINGS),
         )
         state += (*own["_forward_hooks"], None, *own["_forward_pre_hooks"], None, *own["_backward_hooks"])
         state += (None, *own["_backward_pre_hooks"])

@@ -171,14 +171,14 @@ class PixelStage(Helper):
         if blank is None:
             return None
         if isinstance(module, nn.Linear):
-            return output.repeat(1, blank.shape[1], 1)
+            return output.expand(1, blank.shape[1], -1).contiguous()
         conv, sides = cast("Any", module), blank.shape[2:]
         axes = zip(sides, padding_of(conv), conv.kernel_size, conv.stride, strict=True)
         grid_size = [(side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in axes]
         if any(side != 1 for side in output.shape[2:]):  # with padding
             one: tuple[slice, ...] = (slice(None), slice(None), *(slice(1) for _ in sides))
             output = output[one]
-        return output.repeat(1, 1, *grid_size)
+        return output.expand(1, -1, *grid_size).contiguous()  # several times faster than repeat
 
     def arranged(self, images: Tensor) -> Tensor:
         """The input of the entry as it reaches the projection."""
