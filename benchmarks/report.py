@@ -70,7 +70,7 @@ def text(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """Of part step: time in units of the ideal, for the last model that was measured in eager mode."""
+    """Of part step: how many times as fast as without a mask, and time in units of the ideal, for the last model."""
     rows = pd.DataFrame(results["rows"])
     rows = rows[(rows["part"] == "step") & (rows["mode"] == "eager")]
     if not len(rows):
@@ -78,7 +78,7 @@ def summary(results: Results) -> str:
     last = rows[rows["model"] == rows["model"].iloc[-1]]
     last = last[last["contender"] != last["reference"].iloc[0]]
     head = f"{last['model'].iloc[0]}, batch {last['batch'].iloc[0]}, {last['dtype'].iloc[0]}"
-    table = last.assign(cell=[spread(row, "ratio") for row in last.itertuples()])
+    table = last.assign(cell=[f"{faster(row)}{spread(row, 'ratio')} the ideal" for row in last.itertuples()])
     return pivot(table.rename(columns={"contender": head}), [head])
 
 
@@ -127,13 +127,21 @@ def overhead_table(rows: pd.DataFrame) -> str:
 
 
 def step_table(rows: pd.DataFrame) -> str:
-    """Time in units of the ideal, milliseconds and peak memory, for every mode."""
+    """How many times as fast as without a mask, peak memory, time in units of the ideal, and milliseconds."""
     texts = []
     for mode, of_mode in rows.groupby("mode", sort=False):
-        cells = [f"{spread(row, 'ratio')}, {row.ms:.3g} ms, {row.peak_mib:,.0f} MiB" for row in of_mode.itertuples()]
+        cells = [
+            f"{faster(row)}{row.peak_mib:,.0f} MiB; {spread(row, 'ratio')} the ideal, {row.ms:.3g} ms"
+            for row in of_mode.itertuples()
+        ]
         table = pivot(of_mode.assign(cell=cells), ["model", "batch", "contender"])
         texts.append(f"{of_mode['dtype'].iloc[0]}, {mode}:\n\n{table}")
     return "\n\n".join(texts)
+
+
+def faster(row: Any) -> str:
+    """The speed-up over the step without a mask, where that was measured."""
+    return f"**{row.speed_up:.2f}× as fast**, " if row.baseline == "unmasked" != row.contender else ""
 
 
 def clip_table(rows: pd.DataFrame) -> str:
