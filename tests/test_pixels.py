@@ -38,6 +38,7 @@ from gaussmask import (
     UnsupportedModelError,
 )
 from gaussmask.functional import sample_keep_indices, take_patches
+from gaussmask.seams import pixels as pixels_module
 
 POSSIBLE = [name for name in ALL if name not in NO_PIXELS_AT_ATTACH | NO_PIXELS_AT_THE_CALL]
 
@@ -192,6 +193,22 @@ def test_auto_decides_anew_when_something_changed():
     assert stage() == "pixels"
     model.patch_embed.forward = model.patch_embed.forward
     assert stage() == "tokens"
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_auto_takes_tokens_in_a_graph_that_could_not_look_for_obstacles(breaks, monkeypatch):
+    """As those of torch 2.6; in eager mode it takes pixels there too."""
+    monkeypatch.setattr(pixels_module, "BREAKS_GRAPHS", breaks)
+    torch._dynamo.reset()
+    model, x, taken = gaussmask.attach(make_timm(), RandomPatchDropout(0.5)), x_images(2)["x"], []
+    (seam,) = (module for module in model.modules() if hasattr(module, "pixels"))
+    embed = seam.pixels.embed
+    seam.pixels.embed = lambda *args: (taken.append(torch.compiler.is_compiling()), embed(*args))[1]
+    torch.manual_seed(3)
+    expected = model(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+    assert taken == [False] + [True] * (not breaks)
 
 
 @pytest.mark.parametrize("rule", [ClusterPatchDropout, AsksForTokens], ids=lambda rule: rule.__name__)

@@ -27,6 +27,9 @@ from .unsupported import cannot_drop_pixels
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
+# Before torch 2.7 no graph goes through the look for obstacles, at the hooks of the modules on the way.
+BREAKS_GRAPHS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7)
+
 
 class Images(NamedTuple):
     """Images on their way round the projection, and the part of a blank one that it was given in their place."""
@@ -122,6 +125,8 @@ class PixelStage(Helper):
         now = self.now
         now.images = now.blank = None
         if not (self.active and self.inside):
+            return None
+        if BREAKS_GRAPHS and not self.insists and torch.compiler.is_compiling():
             return None
         others = dict(zip(self.names, args, strict=False)) | (kwargs or {})
         images = others.pop(self.names[0])
