@@ -521,3 +521,14 @@ def test_a_model_whose_config_says_nothing_of_patches():
     model = make_hf("ViTModel", "ViTConfig", VISION)
     gaussmask.attach(model, partial(Seeing)(0.5))(torch.randn(1, 3, 48, 48))
     assert gaussmask.attached(model).pixels.shape == (1, 36, 3, 8, 8)
+
+
+@pytest.mark.parametrize("stage", ["auto", "tokens", "pixels"])
+def test_parts_that_are_called_by_themselves_give_the_pixels_too(stage):
+    """The images are embedded whole there, whatever the stage."""
+    drop = ClusterPatchDropout(0.5)
+    model = gaussmask.attach(make_timm(), drop, stage=stage)
+    tokens = model.patch_drop(model._pos_embed(model.patch_embed(torch.randn(2, 3, 48, 48))))
+    assert tokens.shape == (2, 19, 32)
+    model(torch.randn(2, 3, 48, 48))
+    assert drop.keep_indices.shape == (2, 18)

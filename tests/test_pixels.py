@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import transformers as tf
+from accelerate import cpu_offload
 from hosts import (
     ALL,
     NO_PIXELS_AT_ATTACH,
@@ -23,6 +24,7 @@ from hosts import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DROPS, randomise, run
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -731,3 +733,43 @@ def test_out_of_range_raises_under_compile_too():
     take = torch.compile(take_patches, fullgraph=True, backend="aot_eager")
     with pytest.raises(RuntimeError, match=r"keep_indices must lie in \[0, 4\)"):
         take(torch.zeros(2, 3, 8, 8), torch.tensor([[0], [4]]), 4)
+
+
+# Stage "auto" among the tools of others
+
+
+def offloaded(model):
+    return cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def with_lora(model):
+    projection = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return get_peft_model(model, LoraConfig(target_modules=[projection], init_lora_weights=False))
+
+
+def with_dropout(model):
+    next(module for module in model.modules() if isinstance(module, nn.Dropout)).p = 1e-9
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
+@pytest.mark.parametrize("change", [offloaded, with_lora, with_dropout])
+@pytest.mark.parametrize("name", ["timm-vit", "transformers-ViTModel"])
+def test_auto_goes_through_tokens_with_the_same_numbers(name, change):
+    """What stands in the way of pixels after attach: no error, and what stage tokens gives."""
+    host, inputs = ALL[name], ALL[name].inputs(2)
+    model = host.build()
+    randomise(model)
+    tokens = copy.deepcopy(model)
+    auto = gaussmask.attach(model, RandomPatchDropout(0.5))
+    gaussmask.attach(tokens, RandomPatchDropout(0.5), stage="tokens")
+    outputs = []
+    for one in (auto, tokens):
+        torch.manual_seed(0)
+        changed = change(one).train()
+        torch.manual_seed(3)
+        output = changed(**inputs)
+        outputs.append(output if torch.is_tensor(output) else output[0])
+        assert gaussmask.attached(changed).keep_indices.shape == (2, 18)
+    assert gaussmask.describe(auto).stage == "tokens"
+    torch.testing.assert_close(*outputs)

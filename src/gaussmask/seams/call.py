@@ -94,6 +94,7 @@ class Forward:
 
     def __init__(self) -> None:
         self.known: set[int] = set()  # the ids of modules that are known to hold a part of the host
+        self.draw: Draw = Draw(0, 0)  # the latest
 
     thread: int | None = None  # that is in it, or was the last
     running: bool = False  # a masked forward of the tower has begun, and not ended
@@ -106,7 +107,6 @@ class Forward:
     images: Tensor | None = None  # at stage "pixels", on their way round the projection
     blank: Tensor | None = None  # what the projection was given in their place
     entering: Tensor | None = None  # what entered the projection, for a rule that asks for pixels
-    draw: Draw = Draw(0, 0)  # the latest
     begun: Draw | None = None  # one that is handed on before it is drawn
     obstacle: Any = None  # to dropping pixels, as it was found last, with what it depends on
     bias_draw: Draw | None = None  # of the bias that is being made

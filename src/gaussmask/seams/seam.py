@@ -87,7 +87,7 @@ class Seam(nn.Module, Linked):
         self.no_pixels: str | None = None  # why this seam never drops any
         self.choose(self.pixel_stage(place, insists=stage == "pixels"))
         self.caught: CaughtPatches | None = None  # for a rule that asks for pixels
-        if "pixels" in drop.asks_for and stage != "pixels":
+        if "pixels" in drop.asks_for:
             self.caught = CaughtPatches(self.link, self.flat_patches(place))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
