@@ -23,7 +23,7 @@ from .call import Draw, Forward
 from .guards import MASKS, MustReachDrop, NoDenseMaps, TokenArguments
 from .host import Place
 from .link import Helper, Link, Linked
-from .patches import CaughtPatches, Flat, why_not_cut
+from .patches import CaughtPatches, Flat, plain, why_not_cut
 from .pixels import Images, PixelStage
 from .unsupported import UnsupportedModelError, cannot_drop_pixels
 
@@ -165,7 +165,7 @@ class Seam(nn.Module, Linked):
 
     def configured_grid(self, place: Place) -> tuple[int, ...] | None:
         """The grid of an image of the size that the host is configured for; None where every image has its own."""
-        conv: Any = place.module.get_submodule(place.host.patch_embedding)
+        conv = plain(place.module.get_submodule(place.host.patch_embedding))
         size = place.configured_size()
         padding = (0,) * len(size) if isinstance(conv.padding, str) else conv.padding
         sides = zip(size, padding, conv.kernel_size, conv.stride, strict=True)
