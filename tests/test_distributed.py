@@ -1,5 +1,7 @@
 """Wrappers of distributed training, over gloo on the CPU, for one host of every mechanism."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -76,9 +78,27 @@ def test_a_projection_sharded_by_itself_drops_no_pixels(path):
     """Its weight is whole in its own forward only, and not where the kept patches are projected."""
     model = gaussmask.attach(make_timm(), RandomPatchDropout(0.5), stage="pixels")
     dist.fsdp.fully_shard(model.get_submodule(path))
-    reason = "its projection is sharded by itself" if path.endswith("proj") else "is a DTensor .*sharded apart"
+    reason = "its projection is sharded by itself" if path.endswith("proj") else "its patch_embed is sharded by itself"
     with pytest.raises(gaussmask.UnsupportedModelError, match=reason):
         shard(model)(**x_images(2))
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+@pytest.mark.parametrize("path", ["patch_embed.proj", "patch_embed", ""])
+def test_auto_takes_tokens_where_the_projection_is_sharded_by_itself(path):
+    model, drop = make_timm(), RandomPatchDropout(0.5)
+    whole = gaussmask.attach(copy.deepcopy(model), RandomPatchDropout(0.5), stage="tokens")
+    gaussmask.attach(model, drop)
+    if path:
+        dist.fsdp.fully_shard(model.get_submodule(path))
+    torch.manual_seed(3)
+    output = shard(model)(**x_images(2))
+    output.sum().backward()
+    assert drop.keep_indices.shape == (2, 18)
+    assert gaussmask.describe(model).stage == ("tokens" if path else "pixels")
+    torch.manual_seed(3)
+    torch.testing.assert_close(output, whole(**x_images(2)))
 
 
 def train_step_of_two(rank, store, results):

@@ -762,12 +762,12 @@ class TestEvaluation:
 
 class TestCost:
     def test_the_count_is_what_the_arithmetic_says(self):
-        """Blocks, projections of patches and output: three times a forward, a multiply-add as two."""
+        """Blocks, projections of the kept patches and output: three times a forward, a multiply-add as two."""
         for mask_ratio, kept in [(0, 196), (0.75, 49)]:
             found = training_cost.count(training_cost.Config(), mask_ratio)
             tokens, width = 1 + kept, 768
             blocks = 12 * (24 * tokens * width**2 + 4 * tokens**2 * width)
-            edges = 2 * 196 * 768 * width * 2 / 3 + 2 * 512 * width  # the image itself needs no gradient
+            edges = 2 * kept * 768 * width * 2 / 3 + 2 * 512 * width  # the image itself needs no gradient
             assert found["tokens per image"] == tokens
             assert found["GFLOP per image"] == pytest.approx(3 * (blocks + edges) / 1e9, rel=2e-3)
 
