@@ -169,10 +169,12 @@ class PositionMask(Follower):
             self.link.before(layer, self.before)
 
     def hand(self, module: Any, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        if not (self.active and self.takes_keywords):
+        if not self.active:
             return None
         if not torch.compiler.is_compiling() and not all(self.is_on(layer) for layer in module.layer):
             raise UnsupportedModelError(f"a layer of {self.host_name} was replaced after attach: attach again")
+        if not self.takes_keywords:
+            return None
         return args, {**kwargs, self.name: self.now.draw}
 
     def is_on(self, layer: nn.Module) -> bool:

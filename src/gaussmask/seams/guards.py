@@ -1,6 +1,5 @@
 """Guards against calls of a host in which fewer tokens would go unnoticed or be taken for a whole image."""
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -124,10 +123,12 @@ class MustReachDrop(Helper):
                 "Trainer: start it with torchrun, or show it one GPU)"
             )
         thread, last = threading.get_ident(), self.now.thread
-        if last not in (None, thread) and is_in_a_forward(last, self.seam):
+        # One that broke off looks as if it went on, until its thread ends or calls the model again.
+        if self.now.running and last != thread and any(other.ident == last for other in threading.enumerate()):
             raise UnsupportedModelError(
                 f"{self.host_name} is called by two threads at once, which would mix up their masks: give each thread "
-                "a model of its own, copy.deepcopy(model), or let them take turns"
+                "a model of its own, copy.deepcopy(model), or let them take turns (after an error in a forward, that "
+                "thread goes first)"
             )
         self.now.thread = thread
 
@@ -168,18 +169,6 @@ class MustReachDrop(Helper):
                 f"{self.host_name} embedded patches and went on without its patch dropout, so that none were dropped: "
                 f"{PARTS}"
             )
-
-
-def is_in_a_forward(thread: int, seam: nn.Module) -> bool:
-    """Whether a thread is in the middle of a forward of a module that holds the seam; one may also have broken off."""
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_code.co_name in ("_call_impl", "forward", "forward_features"):
-            module = frame.f_locals.get("self")
-            if isinstance(module, nn.Module) and any(part is seam for part in module.modules()):
-                return True
-        frame = frame.f_back
-    return False
 
 
 def in_backward() -> bool:
