@@ -131,7 +131,7 @@ def test_the_short_way_to_the_scores_gives_the_very_scores(make, grid_size):
         torch.manual_seed(3)
         expected = drop.scores(coords)
         torch.manual_seed(3)
-        assert torch.equal(drop._scores_on_grid(6, num_patches, grid_size, None, "cpu"), expected)
+        assert torch.equal(drop._scores_of_noise(torch.rand(6, num_patches), grid_size), expected)
     drop.draw(6, num_patches, grid_size)
     seen = []
     drop.scores = lambda coords: (seen.append(coords), torch.rand(coords.shape[:2]))[1]

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+import transformers
 from hosts import (
     ALL,
     PADDED_GRIDS,
@@ -19,6 +20,7 @@ from hosts import (
     make_open_tower,
     make_timm,
     result,
+    rows_and_columns,
     several_sizes,
     videos,
     with_stages,
@@ -1047,3 +1049,67 @@ def test_an_attached_drop_by_itself_keeps_the_prefix_of_its_host():
 def test_a_batch_of_no_images(stage):
     model, _ = model_of("timm-vit", stage=stage)
     assert model(torch.randn(0, 3, 48, 48)).shape == (0, 5)
+
+
+# Behind the tower, and after an error
+
+
+def test_a_head_finds_the_draw_of_its_tokens_after_other_forwards():
+    host = ALL["timm-gemma4-padded"]
+    model, inputs = model_of("timm-gemma4-padded")
+    valid, other = inputs["x"]["patch_valid"], host.inputs(3)
+    features = model.forward_features(inputs["x"])
+    expected = model.forward_head(features, patch_valid=valid)
+    for _ in range(3):
+        model.forward_features(other["x"])
+        torch.testing.assert_close(model.forward_head(features, patch_valid=valid), expected)
+    del features
+    assert len(next(m for m in model.modules() if hasattr(m, "remembers")).now.drawn) <= 1, "not longer than the tokens"
+
+
+def test_a_decoder_finds_the_draw_of_the_encoding_that_it_is_given():
+    sizes = {"hidden_size": 32, "d_kv": 16, "d_ff": 48, "dropout_rate": 0.0}
+    text = {"vocab_size": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0, **sizes}
+    vision = {"num_hidden_layers": 2, "num_attention_heads": 2, "seq_len": 36, "patch_embed_hidden_size": 192, **sizes}
+    config = transformers.Pix2StructConfig(text_config=text, vision_config={**vision, "attention_dropout": 0.0})
+    model = transformers.Pix2StructForConditionalGeneration(config).train()
+    randomise(model)
+    gaussmask.attach(model, RandomPatchDropout(0.5))
+    one, other = (rows_and_columns(3)["flattened_patches"] for _ in range(2))
+    other = other.flip(0)
+    words = torch.randint(2, 30, (3, 5))
+
+    def decode(encoding):
+        mask = (one.sum(-1) != 0).float()
+        return model(encoder_outputs=encoding, attention_mask=mask, decoder_input_ids=words).logits
+
+    encoding = model.encoder(one, attention_mask=(one.sum(-1) != 0).float())
+    expected = decode(encoding)
+    model.encoder(other, attention_mask=(other.sum(-1) != 0).float())
+    torch.testing.assert_close(decode(encoding), expected)
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "transformers-CLIPModel", "open_clip-CLIP"])
+@pytest.mark.parametrize("stage", ["tokens", "pixels"])
+def test_nothing_is_left_of_a_forward_that_broke_off(name, stage):
+    """Wherever the error comes from; the next forward, in another thread too, is as ever."""
+    host, drop = ALL[name], Even(0.5)
+    model, inputs = gaussmask.attach(host.build(), drop, stage=stage), host.inputs(2)
+    expected = result(host, model, inputs)
+    (seam,) = (module for module in model.modules() if hasattr(module, "guard"))
+    norm = next(module for module in reversed(list(model.modules())) if isinstance(module, torch.nn.LayerNorm))
+
+    def stop(*_):
+        raise ZeroDivisionError
+
+    for where in ("rule", "norm"):
+        handle = norm.register_forward_hook(stop) if where == "norm" else None
+        drop.meanwhile = stop if where == "rule" else lambda: None
+        (error,) = in_threads(lambda: result(host, model, inputs))
+        assert isinstance(error, ZeroDivisionError)
+        now = seam.now
+        assert [now.running, now.pending, now.expected, now.images] == [False, False, False, None]
+        drop.meanwhile = lambda: None
+        if handle is not None:
+            handle.remove()
+        torch.testing.assert_close(result(host, model, inputs), expected)

@@ -27,6 +27,7 @@ from ..sampling.checks import (
 from ..sampling.frequency import keep_frequency
 from ..sampling.grids import Packing, coordinates_on
 from ..sampling.kept import kept
+from ..sampling.scores import uniform
 from ..sampling.tokens import take_drawn_tokens
 from ..sampling.top import count_kept, highest, num_kept_patches, top_packed_patches
 from .asking import Facts, names_asked_for, scores_of
@@ -92,7 +93,10 @@ class PatchDropout(nn.Module):
     asks_for: ClassVar[frozenset[str]] = frozenset()
     needs_grid: ClassVar[bool] = True
     _is_ready_made: ClassVar[bool] = False
-    _exact_probability: ClassVar[Callable[[Any, tuple[int, ...]], Tensor] | None] = None  # (drop, grid) to the chances
+    # What a ready-made rule knows besides, and whoever writes other scores does not inherit: from (drop, grid) the
+    # chances; from (drop, noise (B, N) of U[0, 1), grid) the very scores of images that share a grid.
+    _exact_probability: ClassVar[Callable[[Any, tuple[int, ...]], Tensor] | None] = None
+    _scores_of_noise: ClassVar[Callable[[Any, Tensor, tuple[int, ...] | None], Tensor] | None] = None
 
     mask_ratio: float
     num_prefix_tokens: int | None
@@ -125,6 +129,7 @@ class PatchDropout(nn.Module):
         author = next(base for base in cls.__mro__ if "scores" in vars(base))  # of the scores: a mixin perhaps
         cls.needs_grid = vars(cls).get("needs_grid", vars(author).get("needs_grid", True))
         cls._exact_probability = vars(cls).get("_exact_probability", vars(author).get("_exact_probability"))
+        cls._scores_of_noise = vars(cls).get("_scores_of_noise", vars(author).get("_scores_of_noise"))
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = self._checks.get(name)
@@ -301,45 +306,27 @@ class PatchDropout(nn.Module):
         grid_size = None if grid_size is None else tuple(grid_size)
         if num_patches < 1:
             raise ValueError(f"num_patches must be at least 1, got {num_patches}")
-        if coords is None and valid is None and lengths is None and not self.tube:
-            scores = self._scores_on_grid(batch_size, num_patches, grid_size, generator, device)
-            if scores is not None:
-                indices = highest(scores, count_kept(num_patches, self.mask_ratio), self.ordered)
-                return self._drawn.these(indices, num_patches, grid_size)
-        return self._draw_by_scores(
-            batch_size, num_patches, grid_size, coords, valid, lengths, pixels, tokens, generator, device
-        )
-
-    @torch.no_grad()
-    def _draw_by_scores(
-        self,
-        batch_size: int,
-        num_patches: int,
-        grid_size: tuple[int, ...] | None,
-        coords: Tensor | None,
-        valid: Tensor | None,
-        lengths: Sequence[int] | None,
-        pixels: Tensor | None,
-        tokens: Tensor | None,
-        generator: torch.Generator | None,
-        device: torch.device | str | None,
-    ) -> Tensor:
-        if coords is None:
-            coords = self._coordinates(batch_size, num_patches, grid_size, device)
-        elif coords.shape != (batch_size, num_patches, 2):
-            raise ValueError(f"coords must have shape ({batch_size}, {num_patches}, 2), got {tuple(coords.shape)}")
-        if lengths is not None and (batch_size != 1 or sum(lengths) != num_patches):
-            raise ValueError(
-                f"lengths must count the patches of a batch of 1, got {list(lengths)} for {batch_size} x {num_patches}"
-            )
-        facts = Facts(coords, count_kept(num_patches, self.mask_ratio), valid, pixels, tokens, grid_size)
-        facts.check_for(type(self))
-        if lengths is not None:
-            indices = self._keep_packed(facts, lengths, generator)
-        elif self.tube and grid_size is not None and len(grid_size) == 3:
-            indices = self._keep_tubes(facts, grid_size[0], generator)
-        else:
-            indices = self._keep(facts, generator)
+        if coords is None and valid is None and lengths is None and self._has_short_way(grid_size):
+            indices = self._keep_on_grid(batch_size, num_patches, grid_size, generator, device)
+            return self._drawn.these(indices, num_patches, grid_size)
+        with torch.no_grad():
+            if coords is None:
+                coords = self._coordinates(batch_size, num_patches, grid_size, device)
+            elif coords.shape != (batch_size, num_patches, 2):
+                raise ValueError(f"coords must have shape ({batch_size}, {num_patches}, 2), got {tuple(coords.shape)}")
+            if lengths is not None and (batch_size != 1 or sum(lengths) != num_patches):
+                raise ValueError(
+                    f"lengths must count the patches of a batch of 1, got {list(lengths)} for {batch_size} x "
+                    f"{num_patches}"
+                )
+            facts = Facts(coords, count_kept(num_patches, self.mask_ratio), valid, pixels, tokens, grid_size)
+            facts.check_for(type(self))
+            if lengths is not None:
+                indices = self._keep_packed(facts, lengths, generator)
+            elif self.tube and grid_size is not None and len(grid_size) == 3:
+                indices = self._keep_tubes(facts, grid_size[0], generator)
+            else:
+                indices = self._keep(facts, generator)
         return self._drawn.these(indices, num_patches, grid_size)
 
     # The steps of a draw
@@ -358,20 +345,25 @@ class PatchDropout(nn.Module):
         check_grid_holds(grid_size, num_patches)
         return kept(coordinates_on, grid_size, device=device).expand(batch_size, -1, -1)
 
-    def _scores_on_grid(
+    def _has_short_way(self, grid_size: tuple[int, ...] | None) -> bool:
+        """Whether the scores are those of a ready-made rule, which needs no coordinates for them."""
+        has_grid = grid_size is not None or not self.needs_grid
+        return self._scores_of_noise is not None and has_grid and not self.tube and "scores" not in self.__dict__
+
+    def _keep_on_grid(
         self,
         batch_size: int,
         num_patches: int,
         grid_size: tuple[int, ...] | None,
         generator: torch.Generator | None,
         device: torch.device | str | None,
-    ) -> Tensor | None:
-        """The very scores (B, N) of images that share a grid, where a rule has them faster than by `scores`."""
-        return None
-
-    def _has_scores_of(self, rule: type["PatchDropout"]) -> bool:
-        """Whether nobody has written others."""
-        return type(self).scores is rule.scores and "scores" not in self.__dict__
+    ) -> Tensor:
+        """What `_keep` would keep of images that share a grid, without coordinates."""
+        if grid_size is not None:
+            check_grid_holds(grid_size, num_patches)
+        noise = uniform((batch_size, num_patches), device, generator)
+        scores = cast("Any", self._scores_of_noise)(noise, grid_size)
+        return highest(scores, count_kept(num_patches, self.mask_ratio), self.ordered)
 
     def _keep(self, facts: Facts, generator: torch.Generator | None) -> Tensor:
         return highest(scores_of(self, facts, generator), cast("int", facts.num_kept), self.ordered)

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..sampling.checks import check_center, check_drop_sigma, check_grid_holds, check_sampling
+from ..sampling.checks import check_center, check_drop_sigma, check_sampling
 from ..sampling.kept import kept
 from ..sampling.probability import probability_on
-from ..sampling.scores import gaussian_scores, preference_on, uniform, with_noise
+from ..sampling.scores import gaussian_scores, preference_on, with_noise
 from .base import PatchDropout
 
 
@@ -70,19 +70,9 @@ class GaussianPatchDropout(PatchDropout):
     def scores(self, coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return gaussian_scores(coords, self.sigma, center=self.center, sampling=self.sampling, generator=generator)
 
-    def _scores_on_grid(
-        self,
-        batch_size: int,
-        num_patches: int,
-        grid_size: tuple[int, ...] | None,
-        generator: torch.Generator | None,
-        device: torch.device | str | None,
-    ) -> Tensor | None:
-        if grid_size is None or not self._has_scores_of(GaussianPatchDropout):
-            return None
-        check_grid_holds(grid_size, num_patches)
-        preference = kept(preference_on, grid_size, self.sigma, self.center, self.sampling, device=device)
-        return with_noise(preference, uniform((batch_size, num_patches), device, generator), self.sampling)
+    def _scores_of_noise(self, noise: Tensor, grid_size: tuple[int, ...] | None) -> Tensor:
+        preference = kept(preference_on, grid_size, self.sigma, self.center, self.sampling, device=noise.device)
+        return with_noise(preference, noise, self.sampling)
 
     def extra_repr(self) -> str:
         own = f"sigma={self.sigma:g} (a variance: std {math.sqrt(self.sigma):.3f}), sampling={self.sampling!r}"

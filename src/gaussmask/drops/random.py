@@ -6,7 +6,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..sampling.checks import check_grid_holds
 from ..sampling.probability import probability_on
 from ..sampling.scores import uniform
 from .base import PatchDropout
@@ -45,19 +44,8 @@ class RandomPatchDropout(PatchDropout):
     def _exact_probability(self, grid_size: tuple[int, ...]) -> Tensor:
         return probability_on(grid_size, self.mask_ratio, None, (0.0, 0.0), "additive")
 
-    def _scores_on_grid(
-        self,
-        batch_size: int,
-        num_patches: int,
-        grid_size: tuple[int, ...] | None,
-        generator: torch.Generator | None,
-        device: torch.device | str | None,
-    ) -> Tensor | None:
-        if not self._has_scores_of(RandomPatchDropout):
-            return None
-        if grid_size is not None:
-            check_grid_holds(grid_size, num_patches)
-        return uniform((batch_size, num_patches), device, generator)
+    def _scores_of_noise(self, noise: Tensor, grid_size: tuple[int, ...] | None) -> Tensor:
+        return noise
 
     def scores(self, coords: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return uniform(coords.shape[:2], coords.device, generator)

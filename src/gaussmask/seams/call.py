@@ -2,9 +2,11 @@
 
 import inspect
 import sys
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..sampling.tokens import token_indices
 from .unsupported import UnsupportedModelError
@@ -92,11 +94,7 @@ class Forward:
     Not by thread: of what is set on a `threading.local`, torch.compile forgets all at the end of a graph.
     """
 
-    def __init__(self) -> None:
-        self.known: set[int] = set()  # the ids of modules that are known to hold a part of the host
-        self.draw: Draw = Draw(0, 0)  # the latest
-
-    thread: int | None = None  # that is in it, or was the last
+    thread: int | None = None  # that is in a masked forward of the model or of its tower
     running: bool = False  # a masked forward of the tower has begun, and not ended
     expected: bool = False  # the tower was called, and its patches have not come to the drop yet
     pending: bool = False  # patches were embedded, and have not come to the drop yet
@@ -110,3 +108,16 @@ class Forward:
     begun: Draw | None = None  # one that is handed on before it is drawn
     obstacle: Any = None  # to dropping pixels, as it was found last, with what it depends on
     bias_draw: Draw | None = None  # of the bias that is being made
+
+    def __init__(self) -> None:
+        self.known: set[int] = set()  # the ids of modules that are known to hold a part of the host
+        self.draw: Draw = Draw(0, 0)  # the latest
+        self.drawn: MutableMapping[Tensor, Draw] = (
+            WeakIdKeyDictionary()
+        )  # by the tokens that came out, if asked for later
+
+    def forget(self) -> None:
+        """Everything but what holds for other forwards too."""
+        known, obstacle, drawn = self.known, self.obstacle, self.drawn
+        self.__dict__.clear()
+        self.known, self.obstacle, self.drawn, self.draw = known, obstacle, drawn, Draw(0, 0)

@@ -46,7 +46,6 @@ class PassedArgument(Follower):
     """Something with a row per token that the model passes to its encoder."""
 
     name: str
-    behind = False  # whether it lies behind the tower
 
     def install(self, module: nn.Module) -> None:
         self.argument: Argument = Argument.of(module, self.name)
@@ -56,10 +55,14 @@ class PassedArgument(Follower):
         value = self.argument.read(args, kwargs)
         if value is None:
             return None
-        draw = self.current_draw(behind=self.behind)
+        draw = self.draw(args, kwargs)
         if draw.keep_indices is None:
             return None
         return self.argument.write(args, kwargs, self.kept(value, draw))
+
+    def draw(self, args: Args, kwargs: Kwargs) -> Draw:
+        """The draw that the call is about."""
+        return self.current_draw()
 
     def kept(self, value: Any, draw: Draw) -> Any:
         raise NotImplementedError
@@ -118,6 +121,16 @@ class KeyMaskIfAny(KeyMask):
 
     needed = ""
     behind = True
+    tokens = "encoder_hidden_states"  # the argument that brings the tokens of the tower
+
+    def install(self, module: nn.Module) -> None:
+        super().install(module)
+        self.of: Argument | None = Argument.of_any(module, self.tokens)
+
+    def draw(self, args: Args, kwargs: Kwargs) -> Draw:
+        seam = self.seam
+        tokens = None if self.of is None else self.of.read(args, kwargs)
+        return Draw(0, 0) if seam is None else seam.draw_of(tokens)
 
 
 class CrossMask(KeyMaskIfAny):

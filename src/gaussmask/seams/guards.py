@@ -40,10 +40,10 @@ class MustReachDrop(Helper):
         self.path: str = path
         self.followers: list[str] = followers
         self.link.before(tower, self.begin_tower, first=True)
-        self.link.after(tower, self.end_tower)
+        self.link.after(tower, self.end_tower, always=True)
         if outermost is not tower:
             self.link.before(outermost, self.begin, first=True)
-            self.link.after(outermost, self.end)
+            self.link.after(outermost, self.end, always=True)
 
     def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the model: what an earlier forward left behind, which broke off, is none of this one."""
@@ -122,15 +122,13 @@ class MustReachDrop(Helper):
                 "that replicas would mix up their masks: use DistributedDataParallel, with one process per GPU (a "
                 "Trainer: start it with torchrun, or show it one GPU)"
             )
-        thread, last = threading.get_ident(), self.now.thread
-        # One that broke off looks as if it went on, until its thread ends or calls the model again.
-        if self.now.running and last != thread and any(other.ident == last for other in threading.enumerate()):
+        now, thread = self.now, threading.get_ident()
+        if now.running and now.thread != thread:
             raise UnsupportedModelError(
                 f"{self.host_name} is called by two threads at once, which would mix up their masks: give each thread "
-                "a model of its own, copy.deepcopy(model), or let them take turns (after an error in a forward, that "
-                "thread goes first)"
+                "a model of its own, copy.deepcopy(model), or let them take turns"
             )
-        self.now.thread = thread
+        now.thread = thread
 
     def before_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the first block, unless a backward runs it again."""
@@ -148,12 +146,25 @@ class MustReachDrop(Helper):
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the model."""
-        self.demand()
+        if not torch.compiler.is_compiling() and output is None:  # a graph had better not look at an output
+            self.break_off()
+        else:
+            self.demand()
+
+    def break_off(self) -> None:
+        """An error ended a forward: nothing is left of it, if it was this thread's."""
+        if self.now.thread == threading.get_ident():
+            self.now.forget()
 
     def end_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling() and output is None:
+            self.break_off()
+            return
         now = self.now
         now.running, now.draw.over = False, True
         self.demand()
+        if self.link.seam is not None and self.link.seam.remembers and not torch.compiler.is_compiling():
+            now.drawn[output if isinstance(output, torch.Tensor) else output[0]] = now.draw
         if now.expected:
             now.expected = False
             raise UnsupportedModelError(

@@ -79,10 +79,10 @@ class Helper(Linked):
         link = self.link
         return link.now.running or torch.compiler.is_compiling() or is_in_method_of(link.tower, link.host)
 
-    def current_draw(self, *, behind: bool = False) -> Draw:
+    def current_draw(self) -> Draw:
         """The draw of the forward that is running; where nothing is dropped, one without indices."""
         seam = self.link.seam
-        return Draw(0, 0) if seam is None else seam.current_draw(behind=behind)
+        return Draw(0, 0) if seam is None else seam.current_draw()
 
 
 class Anchor(Linked):
@@ -120,9 +120,10 @@ class Link:
         module.register_forward_pre_hook(act, with_kwargs=takes_kwargs, prepend=first)
         self.touched.add(module)
 
-    def after(self, module: nn.Module, act: Any) -> None:
-        """Make a method of a helper a forward hook."""
-        module.register_forward_hook(act, with_kwargs="kwargs" in inspect.signature(act).parameters)
+    def after(self, module: nn.Module, act: Any, *, always: bool = False) -> None:
+        """Make a method of a helper a forward hook; `always`, with None for the output, also of one that breaks off."""
+        takes_kwargs = "kwargs" in inspect.signature(act).parameters
+        module.register_forward_hook(act, with_kwargs=takes_kwargs, always_call=always)
         self.touched.add(module)
 
     def put(self, owner: nn.Module, name: str, value: Linked) -> None:

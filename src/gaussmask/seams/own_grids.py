@@ -158,6 +158,7 @@ class PositionsInOutputSeam(HookSeam):
 
     pixels_by_default: ClassVar[type[PixelStage] | str] = Gemma4Images
     projection_below = "input_proj"
+    remembers = True
 
     def flat_patches(self, place: Place) -> Flat | None:
         patch_embed: Any = place.module.get_submodule(place.host.patch_embedding)
@@ -201,7 +202,7 @@ class KeptPool(Linked):
 
     def __call__(self, x: Tensor, patch_valid: Tensor | None = None, **kwargs: Any) -> Tensor:
         seam = self.link.seam
-        keep_indices = None if seam is None else seam.current_draw(behind=True).keep_indices
+        keep_indices = None if seam is None else seam.draw_of(x).keep_indices
         if patch_valid is not None and keep_indices is not None:
             patch_valid = patch_valid.gather(1, keep_indices)
         return type(self.classifier).forward_head(self.classifier, x, patch_valid=patch_valid, **kwargs)

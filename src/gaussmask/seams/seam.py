@@ -67,6 +67,7 @@ class Seam(nn.Module, Linked):
     projection_below: ClassVar[str] = ""  # path of the projection, below the patch embedding
     masks_refused: ClassVar[tuple[str, ...]] = MASKS  # arguments that do not follow the drop
     block_masks_refused: ClassVar[tuple[str, ...]] = ()  # those that a tower hands on to its blocks under their names
+    remembers: bool = False  # whether something behind the tower asks for draws, by the tokens that came out of it
     makes_masks: ClassVar[bool] = False  # whether a tower makes such masks by itself, of the kept tokens
 
     def __init__(self, drop: PatchDropout, place: Place, stage: str = "tokens") -> None:
@@ -227,6 +228,7 @@ class Seam(nn.Module, Linked):
 
     def watch_forward(self, place: Place) -> None:
         """Raise when a forward ends without the drop: the last to be installed."""
+        self.remembers = self.remembers or any(getattr(part, "behind", False) for part in place.host.followers.values())
         followers = [found[0] for name in place.host.followers if len(found := place.paths_within(name)) == 1]
         self.guard.watch_forward(place.outermost, place.tower, place.path, followers)
 
@@ -261,12 +263,18 @@ class Seam(nn.Module, Linked):
 
     # The drop
 
-    def current_draw(self, *, behind: bool = False) -> Draw:
-        """The draw of the forward that is running, for what the host makes after it, or `behind` its tower."""
+    def draw_of(self, tokens: object) -> Draw:
+        """The draw of the forward that `tokens` came out of, for what lies behind the tower; otherwise the latest."""
+        if not self.link.drop.active:
+            return self.new_draw()
+        return self.now.drawn.get(tokens) or self.now.draw  # type: ignore[call-overload]
+
+    def current_draw(self) -> Draw:
+        """The draw of the forward that is running, for what the host makes after it."""
         if not self.link.drop.active:
             return self.new_draw()
         draw = self.now.draw
-        if draw.keep_indices is None or (draw.over and not behind):
+        if draw.keep_indices is None or draw.over:
             raise UnsupportedModelError(
                 f"{self.host_name} asked for positions before its patches were dropped. If its parts are called one by "
                 "one, embed the patches first, or call the model; if a module was replaced after attach, attach again; "
