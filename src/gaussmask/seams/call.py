@@ -112,9 +112,8 @@ class Forward:
     def __init__(self) -> None:
         self.known: set[int] = set()  # the ids of modules that are known to hold a part of the host
         self.draw: Draw = Draw(0, 0)  # the latest
-        self.drawn: MutableMapping[Tensor, Draw] = (
-            WeakIdKeyDictionary()
-        )  # by the tokens that came out, if asked for later
+        # By the tokens that came out of the tower, where something behind it asks for them.
+        self.drawn: MutableMapping[Tensor, Draw] = WeakIdKeyDictionary()
 
     def forget(self) -> None:
         """Everything but what holds for other forwards too."""
