@@ -121,16 +121,9 @@ class KeyMaskIfAny(KeyMask):
 
     needed = ""
     behind = True
-    tokens = "encoder_hidden_states"  # the argument that brings the tokens of the tower
-
-    def install(self, module: nn.Module) -> None:
-        super().install(module)
-        self.of: Argument | None = Argument.of_any(module, self.tokens)
 
     def draw(self, args: Args, kwargs: Kwargs) -> Draw:
-        seam = self.seam
-        tokens = None if self.of is None else self.of.read(args, kwargs)
-        return Draw(0, 0) if seam is None else seam.draw_of(tokens)
+        return Draw(0, 0) if self.seam is None else self.seam.draw_of(*args, *kwargs.values())
 
 
 class CrossMask(KeyMaskIfAny):

@@ -14,6 +14,7 @@ import math
 import weakref
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..drops.base import PatchDropout
@@ -263,11 +264,16 @@ class Seam(nn.Module, Linked):
 
     # The drop
 
-    def draw_of(self, tokens: object) -> Draw:
-        """The draw of the forward that `tokens` came out of, for what lies behind the tower; otherwise the latest."""
+    def draw_of(self, *values: Any) -> Draw:
+        """The draw of the forward that one of `values` came out of, for what lies behind the tower; or the latest."""
         if not self.link.drop.active:
             return self.new_draw()
-        return self.now.drawn.get(tokens) or self.now.draw  # type: ignore[call-overload]
+        now = self.now
+        if torch.compiler.is_compiling():  # a graph knows no tensors of other calls
+            return now.draw
+        return next(
+            (now.drawn[value] for value in values if isinstance(value, Tensor) and value in now.drawn), now.draw
+        )
 
     def current_draw(self) -> Draw:
         """The draw of the forward that is running, for what the host makes after it."""
