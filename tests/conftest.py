@@ -11,3 +11,9 @@ settings.register_profile("default", deadline=None, max_examples=30, print_blob=
 settings.register_profile("nightly", parent=settings.get_profile("default"), max_examples=10_000)
 
 collect_ignore = ["upstream"]  # tests of others, with settings of their own: nox -s upstream
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="cuda", choices=["cuda", "cpu"], help="of the tests marked cuda (test_cuda.py)"
+    )

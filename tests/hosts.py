@@ -80,6 +80,16 @@ def result(host, model, inputs, seed=None):
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
+def recompute_layers(model):
+    """Gradient checkpointing, as the model's library turns it on."""
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(True)
+    elif hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:  # transformers 5.0
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 def images(batch_size, name="pixel_values", size=(48, 48), **more):
     return {name: torch.randn(batch_size, 3, *size), **more}
 

@@ -22,26 +22,29 @@ TOLERANCE = 2e-5
 def masked_keys(keep, layouts):
     """Every attention over all patches, with (front, back) tokens around them, is blind to those not in `keep`."""
     padded = [F.pad(keep, layout, value=True) for layout in layouts]
-    blind = {tokens.shape[1]: torch.zeros(tokens.shape).masked_fill(~tokens, -torch.inf) for tokens in padded}
+    blind = {
+        tokens.shape[1]: torch.zeros_like(tokens, dtype=torch.float32).masked_fill(~tokens, -torch.inf)
+        for tokens in padded
+    }
     sdpa, mha, softmax = F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.Tensor.softmax
 
     def masked_sdpa(query, key, value, attn_mask=None, *args, **kwargs):
         if key.shape[-2] in blind:
             if attn_mask is not None and attn_mask.dtype == torch.bool:
-                attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -torch.inf)
-            bias = blind[key.shape[-2]][:, None, None, :]
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+            bias = blind[key.shape[-2]][:, None, None, :].to(query.dtype)
             attn_mask = bias if attn_mask is None else attn_mask + bias
         return sdpa(query, key, value, attn_mask, *args, **kwargs)
 
     def masked_mha(query, key, value, *args, **kwargs):
         if key.shape[0] in blind:
             assert kwargs.get("key_padding_mask") is None
-            kwargs["key_padding_mask"] = blind[key.shape[0]]
+            kwargs["key_padding_mask"] = blind[key.shape[0]].to(query.dtype)
         return mha(query, key, value, *args, **kwargs)
 
     def masked_softmax(scores, dim, **kwargs):  # attention written out, with an axis for the heads or without
         if scores.shape[-1] in blind and scores.ndim > 2:
-            bias = blind[scores.shape[-1]]
+            bias = blind[scores.shape[-1]].to(scores.dtype)
             if scores.ndim == 4:
                 scores = scores + bias[:, None, None, :]
             else:
@@ -112,22 +115,23 @@ class Answer(NamedTuple):
     drop: gaussmask.PatchDropout
 
 
-def ask(host, share):
-    """Put one host and one of `DROPS` to the oracle."""
+def ask(host, share, move=lambda value: value):
+    """Put one host and one of `DROPS` to the oracle, with the model and its inputs moved to a device or a dtype."""
     torch.manual_seed(1)
     num_patches = host.count
     batch_size, mask_ratio, make_drop = DROPS[share]
     drop = make_drop(mask_ratio)
     model = host.build()
     randomise(model)
+    model = move(model)
     full = copy.deepcopy(model).eval()  # all dropouts are 0, but for patch dropout of the host's own
-    inputs = host.inputs(batch_size)
+    inputs = move(host.inputs(batch_size))
 
     gaussmask.attach(model, drop)
     hidden, pooled = run(host, model, inputs, batch_size)
     keep_indices = drop.keep_indices
-    keep = torch.zeros(batch_size, num_patches, dtype=torch.bool).scatter_(1, keep_indices, True)
-    always = torch.arange(host.prefix + num_patches + host.suffix).expand(batch_size, -1)
+    keep = keep_indices.new_zeros(batch_size, num_patches, dtype=torch.bool).scatter_(1, keep_indices, True)
+    always = torch.arange(host.prefix + num_patches + host.suffix, device=keep.device).expand(batch_size, -1)
     parts = [always[:, : host.prefix], host.prefix + keep_indices, always[:, host.prefix + num_patches :]]
     rows = torch.cat(parts, dim=1).unsqueeze(-1)
     with masked_keys(keep.view(1, -1) if host.packed else keep, [(0, 0), (host.prefix, host.suffix), *host.layouts]):

@@ -25,6 +25,7 @@ from hosts import (
     make_naflex,
     make_open_tower,
     make_timm,
+    recompute_layers,
     result,
     with_stages,
     x_images,
@@ -489,12 +490,7 @@ def test_gradient_checkpointing_changes_nothing(name, stage):
         return [*losses, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
 
     expected = step()
-    if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing(True)
-    elif hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:  # transformers 5.0
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_layers(model)
     assert len(expected) > 10
     if "VJEPA2" in name and Version(tf.__version__) < Version("5.6"):
         with pytest.raises(UnsupportedModelError, match="positions of a later forward"):
