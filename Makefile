@@ -9,7 +9,9 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs notebook hosts bench package versions clean
+GPU_BENCH := $(BIN)/python benchmarks/run.py --rounds 6 --layer-rounds 9
+
+.PHONY: demo test lint docs notebook hosts bench gpu package versions clean
 
 demo: $(READY)
 	$(BIN)/python examples/run_notebook.py --output build
@@ -47,6 +49,14 @@ hosts: $(READY)
 # Measure what dropping patches costs and saves on this machine, into build/benchmarks: leave it alone meanwhile.
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+# What only a GPU can show: the tests marked cuda, and then a benchmark of at most 8 minutes on an H100, into build/gpu.
+gpu: $(READY)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch $$($(BIN)/python -c 'import torch; print(torch.__version__)') sees no GPU here. What a CPU can rehearse of the tests: $(BIN)/pytest -m cuda --device cpu"; exit 1; }
+	$(BIN)/pytest -m cuda tests/test_cuda.py
+	$(GPU_BENCH) --parts step overhead layer clip --modes eager --minutes 4.5 --output build/gpu
+	$(GPU_BENCH) --parts step --modes compiled --models vit_base_patch16_224 --ratios 0.75 --stages pixels --no-unmasked \
+		--output build/gpu/compiled
 
 # Build the wheel and the sdist into dist/ and check them: contents, metadata, types, and each extra alone in an empty
 # environment.

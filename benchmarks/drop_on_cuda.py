@@ -1,17 +1,16 @@
 """What only a GPU can show about the drop: kernels, synchronisation, graph capture, share of a step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from launches import copies_and_waits, launches
 from part_step import Job, training_step
 from sizes import Sizes
 from timing import Contender, CudaClock, interleave, warm_up
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import gaussmask
-
-COPIES_AND_WAITS = ("cudaStreamSynchronize", "cudaMemcpy")  # a device-wide one is the profiler's own
 
 
 def check_drop(sizes: Sizes, mask_ratio: float, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -35,15 +34,15 @@ def check_drop(sizes: Sizes, mask_ratio: float, dtype: torch.dtype, rounds: int)
 
 def _launches(drop: nn.Module, x: Tensor, gradient: Tensor) -> dict[str, int]:
     """Kernels of each pass, and its copies and synchronisations of the stream."""
+    out = drop(x)
+    passes: dict[str, Callable[[], object]] = {
+        "forward": lambda: drop(x),
+        "backward": lambda: torch.autograd.grad(out, x, gradient, retain_graph=True),
+    }
     counts = {}
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as forward:
-        out = drop(x)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as backward:
-        torch.autograd.grad(out, x, gradient)
-    for name, profiler in (("forward", forward), ("backward", backward)):
-        events = profiler.events()
-        counts[f"{name} kernels"] = sum(event.device_type.name == "CUDA" for event in events)
-        counts[f"{name} copies and waits"] = sum(event.name.startswith(COPIES_AND_WAITS) for event in events)
+    for name, call in passes.items():
+        counts[f"{name} kernels"] = len(launches(call, "cuda"))
+        counts[f"{name} copies and waits"] = len(copies_and_waits(call))
     return counts
 
 

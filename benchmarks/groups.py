@@ -10,6 +10,7 @@ from memory import peak_mib
 from timing import Contender, clock_for, interleave, summarize, warm_up
 
 WARM_UP_ROUNDS = 3  # that the calls before the timing cost, roughly, with the one that measures memory
+EVERY_CONTENDER = "every contender"  # in the row of a group that could not be built
 COMPILE_SECONDS = 20.0  # that compiling one contender costs, roughly
 
 
@@ -50,25 +51,55 @@ def run_group(group: Group, *, device: str, seed: int, advance: Callable[[float]
         advance: told now and then how many of the group's seconds have passed.
 
     Returns:
-        A row per contender.
+        A row per contender. One that fails, for lack of memory say, is a row with the reason in `failed`, and the
+        others go on without it; if it is what they are compared with, or if the group as a whole fails, all rows are.
     """
-    torch.manual_seed(seed)
-    contenders = group.build()
-    clock = clock_for(device)
-    before_timing = group.seconds - group.round_seconds * group.rounds
-    repeats, peaks = [], []
-    for contender in contenders:
-        repeats.append(warm_up(contender, clock))
-        peaks.append(peak_mib(contender.call, device))
-        advance(before_timing / len(contenders))
-    per_sample = group.round_seconds / len(contenders)
-    samples = interleave(contenders, repeats, group.rounds, clock, lambda: advance(per_sample))
-    records = summarize(samples, contenders, group.reference, group.baseline, group.without)
-    named = {**group.keys, "reference": group.reference, "baseline": group.baseline}
-    rows = [named | record | {"peak_mib": peak} for record, peak in zip(records, peaks, strict=True)]
-    del contenders, contender
-    _free()
+    rows: list[dict[str, Any]] = []
+    names = [EVERY_CONTENDER]
+    try:
+        torch.manual_seed(seed)
+        contenders = list(group.build())
+        names = [contender.name for contender in contenders]
+        rows += _measure(group, contenders, device, advance)
+    except Exception as error:  # whatever it is: the groups behind it are measured all the same
+        failed = in_words(error)
+        rows = [{**group.keys, "contender": name, "failed": failed} for name in names]
+    finally:
+        contenders = []
+        _free()
     return rows
+
+
+def _measure(
+    group: Group, contenders: list[Contender], device: str, advance: Callable[[float], object]
+) -> list[dict[str, Any]]:
+    clock = clock_for(device)
+    before_timing = (group.seconds - group.round_seconds * group.rounds) / len(contenders)
+    running: list[Contender] = []
+    repeats, peaks, rows = [], [], []
+    for contender in contenders:
+        try:
+            times, peak = warm_up(contender, clock), peak_mib(contender.call, device)
+        except Exception as error:
+            if contender.name in {group.reference, group.baseline, group.without}:
+                raise RuntimeError(f"{contender.name}, which the others are compared with: {in_words(error)}") from None
+            rows.append({**group.keys, "contender": contender.name, "failed": in_words(error)})
+        else:
+            running.append(contender)
+            repeats.append(times)
+            peaks.append(peak)
+        advance(before_timing)
+    per_sample = group.round_seconds / len(contenders)
+    samples = interleave(running, repeats, group.rounds, clock, lambda: advance(per_sample))
+    records = summarize(samples, running, group.reference, group.baseline, group.without)
+    named = {**group.keys, "reference": group.reference, "baseline": group.baseline}
+    rows += [named | record | {"peak_mib": peak} for record, peak in zip(records, peaks, strict=True)]
+    return rows
+
+
+def in_words(error: Exception) -> str:
+    """A line, without the frames, which would keep what they hold from being freed."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
 
 
 def _free() -> None:

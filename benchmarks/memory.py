@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 MIB = 2**20
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report each start and stop between progress bars
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # see launches.py
 
 
 def peak_mib(call: Callable[[], object], device: str) -> float:

@@ -56,14 +56,24 @@ class Trainer:
         self.model = CLIP(sizes).to(device).train()
         self.loss = open_clip.loss.ClipLoss()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
-        self.inputs(1)
+        self.images = self.texts = torch.empty(0)
 
     def inputs(self, batch: int) -> None:
-        """Make the images and texts of the largest batch that will be asked for."""
+        """Make images and texts, in the place of those that were there."""
+        self.images = self.texts = torch.empty(0)
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
+        if self.device == "cuda":
+            # Blocks that another batch left in the allocator's cache do not fit: without this they would be given back
+            # and allocated anew within the timed step, or be in its way.
+            torch.cuda.empty_cache()
         height, width = self.model.visual.patch_embed.img_size
         text = self.model.text
         self.images = torch.randn(batch, 3, height, width, device=self.device)
         self.texts = torch.randint(text.vocab_size, (batch, text.context_length), device=self.device)
+
+    @property
+    def inputs_mib(self) -> float:
+        return (self.images.nbytes + self.texts.nbytes) / MIB
 
     def mask(self, mask_ratio: float, stage: str | None) -> None:
         """Attach what the method at hand drops; nothing for `stage=None`."""
@@ -71,9 +81,9 @@ class Trainer:
         if stage is not None:
             gaussmask.attach(self.model.visual, gaussmask.GaussianPatchDropout(mask_ratio), stage=stage)
 
-    def step(self, batch: int) -> None:
+    def step(self) -> None:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            features = self.model(self.images[:batch], self.texts[:batch])
+            features = self.model(self.images, self.texts)
         self.loss(*features).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -85,7 +95,7 @@ class Trainer:
 
 
 def largest_batch(peak: Callable[[int], float], budget: float) -> int:
-    """The largest batch whose `peak` stays within `budget`, to 2 %.
+    """The largest batch whose `peak` stays within `budget`, to 2 %; to 3 % where the memory ends before the budget.
 
     The peak is affine in the batch as soon as activations outweigh gradients, and grows more slowly before. So each
     step extrapolates the latest two peaks, to no more than twice the batch, until nothing is left to gain.
@@ -101,7 +111,27 @@ def largest_batch(peak: Callable[[int], float], budget: float) -> int:
             return guess  # the peak is convex: between two batches it lies below the line
         if guess <= 1.02 * high:
             return high
-        low, low_peak, high, high_peak = high, high_peak, guess, peak(guess)
+        low, low_peak = high, high_peak
+        high, high_peak = in_memory(guess, peak)
+        if high < guess:
+            return high
+
+
+def in_memory(batch: int, do: Callable[[int], float]) -> tuple[int, float]:
+    """Do something with `batch`, or 3 % less, and so on, until the memory suffices; the batch, and what came of it.
+
+    A GPU's allocator has to reserve more than the peak: its blocks do not fit without a gap.
+
+    Raises:
+        torch.OutOfMemoryError: that of a batch of 2, where not even this fits.
+    """
+    while True:
+        try:
+            return batch, do(batch)
+        except torch.OutOfMemoryError:
+            if batch <= 2:
+                raise
+        batch = max(2, math.floor(0.97 * batch))
 
 
 def contenders(
@@ -121,35 +151,34 @@ def contenders(
     if budget_mib is None:
         budget_mib = 0.9 * torch.cuda.mem_get_info()[0] / MIB
     trainer = Trainer(sizes, device, dtype)
-    trainer.step(1)
+    trainer.inputs(1)
+    trainer.step()
     image, text = trainer.model.towers
     dropped = image.projected - num_kept_patches(image.projected, mask_ratio)
 
     def peak(batch: int) -> float:
         trainer.inputs(batch)
-        return peak_mib(lambda: trainer.step(batch), device)
+        return peak_mib(trainer.step, device) + trainer.inputs_mib
 
-    found = []
-    for stage in (None, *stages):
-        trainer.mask(mask_ratio, stage)
+    def contender(stage: str | None) -> Contender:
         setting = (stage, stage and mask_ratio)
+        trainer.mask(mask_ratio, stage)
         if setting not in batches:
-            batches[setting] = largest_batch(peak, budget_mib - trainer.resident_mib)
+            largest = largest_batch(peak, budget_mib - trainer.resident_mib)
+            batches[setting] = in_memory(largest, peak)[0] if device == "cuda" else largest
         batch = batches[setting]
 
-        def prepare(stage: str | None = stage, batch: int = batch) -> None:
+        def prepare() -> None:
             trainer.mask(mask_ratio, stage)
+            trainer.inputs(batch)
             if device == "cuda":
-                # Blocks that another batch left in the allocator's cache do not fit: without this they would be
-                # given back and allocated anew within the timed step.
-                torch.cuda.empty_cache()
-                trainer.step(batch)
+                trainer.step()  # which fills the allocator's cache
 
         name = REFERENCE if stage is None else f"gaussmask {stage}"
         facts = {"ceiling": 1.0 if stage is None else clip_ceiling(image, text, dropped=dropped, stage=stage)}
-        found.append(Contender(name, functools.partial(trainer.step, batch), batch, prepare, facts))
-    trainer.inputs(max(contender.batch for contender in found))
-    return found
+        return Contender(name, trainer.step, batch, prepare, facts)
+
+    return [contender(stage) for stage in (None, *stages)]
 
 
 def groups(

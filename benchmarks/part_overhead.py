@@ -8,9 +8,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import open_clip
 import timm
 import torch
 from groups import Group
+from launches import launches
 from timing import Contender
 from torch import Tensor, nn
 
@@ -49,10 +51,24 @@ class Operations(nn.Module):
         return x.flatten(0, 1).index_select(0, rows.view(-1)).view(*rows.shape, -1)
 
 
+def with_empty_hooks(model: Any) -> nn.Module:
+    """Hooks that do nothing, in the places where an attached drop has some: what torch itself takes for them."""
+    model.register_forward_pre_hook(lambda module, args: None)
+    model.register_forward_hook(lambda module, args, output: None, always_call=True)
+    model.patch_embed.register_forward_hook(lambda module, args, output: None)
+    model.blocks[0].register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+    return cast("nn.Module", model)
+
+
 def models(mask_ratio: float, stages: Sequence[str]) -> dict[str, nn.Module]:
-    """The ViT without a drop, with timm's own, with the bare operations, and with both rules at every stage."""
-    found = {WITHOUT: build(), BASELINE: build(patch_drop_rate=mask_ratio), "bare operations": build()}
-    cast("Any", found["bare operations"]).patch_drop = Operations(mask_ratio)
+    """The ViT without a drop, with timm's, open_clip's, the bare operations, and both of our rules at every stage."""
+    found = {WITHOUT: build(), BASELINE: build(patch_drop_rate=mask_ratio)}
+    others: dict[str, nn.Module] = {"open_clip PatchDropout": open_clip.transformer.PatchDropout(mask_ratio)}
+    others |= {name: Operations(mask_ratio) for name in ("bare operations", "bare operations, empty hooks")}
+    for name, other in others.items():
+        found[name] = build()
+        cast("Any", found[name]).patch_drop = other
+    with_empty_hooks(found["bare operations, empty hooks"])
     for stage in stages:
         for rule in (gaussmask.RandomPatchDropout, gaussmask.GaussianPatchDropout):
             name = rule.__name__.removesuffix("PatchDropout")
@@ -75,10 +91,14 @@ def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], o
 
 def contenders(mask_ratio: float, stages: Sequence[str], device: str) -> list[Contender]:
     images = torch.randn(BATCH, 3, SMALLEST["img_size"], SMALLEST["img_size"], device=device)
-    return [
-        Contender(name, forward(model.to(device).train(), images), batch=BATCH)
-        for name, model in models(mask_ratio, stages).items()
-    ]
+    found, without = [], 0
+    for name, model in models(mask_ratio, stages).items():
+        call = forward(model.to(device).train(), images)
+        call()  # what is made once is not counted
+        count = len(launches(call, device))
+        without = count if name == WITHOUT else without
+        found.append(Contender(name, call, batch=BATCH, facts={"launches": count - without}))
+    return found
 
 
 def groups(*, ratios: Sequence[float], stages: Sequence[str], device: str, rounds: int) -> list[Group]:

@@ -54,7 +54,7 @@ def save_report(results: Results, folder: Path) -> None:
 
 def text(results: Results) -> str:
     """Everything in words: where it was measured and how, and a table for every part."""
-    rows = pd.DataFrame(results["rows"])
+    rows = measured(results)
     found = [machine_line(results)]
     for part, make in (
         ("layer", layer_table),
@@ -65,13 +65,30 @@ def text(results: Results) -> str:
         if len(rows) and (rows["part"] == part).any():
             found.append(make(rows[rows["part"] == part]))
     if results["cuda"]:
-        found.append(markdown(pd.DataFrame(results["cuda"])))
+        found.append(cuda_table(pd.DataFrame(results["cuda"])))
+    if lines := failures(results):
+        found.append("Not measured:\n\n" + "\n".join(f"- {line}" for line in lines))
     return "\n\n".join(found)
+
+
+def measured(results: Results) -> pd.DataFrame:
+    """The rows with figures."""
+    return pd.DataFrame([row for row in results["rows"] if "failed" not in row])
+
+
+def failures(results: Results) -> list[str]:
+    """What failed, and what the time did not suffice for, a line each."""
+    failed = [row for row in results["rows"] if "failed" in row]
+    keys = ("part", "model", "dtype", "mask_ratio", "mode", "pass", "contender")
+    lines = [f"{', '.join(str(row[key]) for key in keys if key in row)}: {row['failed']}" for row in failed]
+    return lines + [f"{group}: the time was over" for group in results.get("left_out", ())]
 
 
 def summary(results: Results) -> str:
     """Of part step: how many times as fast as without a mask, and time in units of the ideal, for the last model."""
-    rows = pd.DataFrame(results["rows"])
+    rows = measured(results)
+    if not len(rows):
+        return ""
     rows = rows[(rows["part"] == "step") & (rows["mode"] == "eager")]
     if not len(rows):
         return ""
@@ -120,8 +137,9 @@ def layer_table(rows: pd.DataFrame) -> str:
 
 
 def overhead_table(rows: pd.DataFrame) -> str:
-    """Microseconds that a drop adds to a forward, and that in units of what timm's adds."""
+    """Microseconds that a drop adds to a forward, that in units of what timm's adds, and the launches that it adds."""
     added = (1000 * rows["added"]).map("{:.0f} µs, ".format) + [spread(row, "added_ratio") for row in rows.itertuples()]
+    added += rows["launches"].map(", {} launches".format)
     cells = added.where(rows["contender"] != rows["baseline"], (1000 * rows["ms"]).map("{:.0f} µs in all".format))
     return f"{rows['model'].iloc[0]}, what is added to a forward:\n\n{pivot(rows.assign(cell=cells), ['contender'])}"
 
@@ -161,6 +179,14 @@ def clip_table(rows: pd.DataFrame) -> str:
     return markdown(pd.DataFrame(cells))
 
 
+def cuda_table(rows: pd.DataFrame) -> str:
+    """What only a GPU shows about the drop."""
+    share = rows["share of a training step"].map("{:.1%}".format)
+    dtype = rows["dtype"].str.removeprefix("torch.")
+    yes = rows.select_dtypes(bool).replace({True: "yes", False: "no"})
+    return markdown(rows.assign(**{"share of a training step": share, "dtype": dtype, **yes}))
+
+
 def spread(row: Any, measure: str) -> str:
     """Median and quartiles as text."""
     middle, low, high = (getattr(row, measure + suffix) for suffix in ("", "_q25", "_q75"))
@@ -184,7 +210,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 def plots(results: Results) -> dict[str, Figure]:
     """A figure for every part that was measured."""
-    rows = pd.DataFrame(results["rows"])
+    rows = measured(results)
     found = {}
     for part, make in (("layer", plot_layer), ("step", plot_step), ("clip", plot_clip)):
         if len(rows) and (rows["part"] == part).any():

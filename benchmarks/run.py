@@ -10,8 +10,11 @@ It leaves in `--output`: `results.json` (written after every group, so that an i
 
 import datetime
 import json
+import math
 import shlex
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,10 @@ import part_step
 import sizes
 import torch
 import tyro
-from groups import Group, run_group
+from groups import Group, in_words, run_group
 from machine import describe_machine, git_commit, versions
 from precision import choose_dtype
-from report import save_report
+from report import failures, save_report
 from tqdm import tqdm
 
 
@@ -36,7 +39,7 @@ class Config:
 
     Args:
         parts: any of layer (the drop by itself), overhead (what it adds to a forward that has little else to do), step
-            (a training step of a ViT) and clip (CLIP training).
+            (a training step of a ViT) and clip (CLIP training), in the order in which they are named.
         ratios: shares of the patches that are dropped.
         modes: of part step: eager, compiled.
         layer_modes: of part layer, likewise.
@@ -47,7 +50,8 @@ class Config:
         rounds: of parts step and clip. Every contender is timed once per round.
         layer_rounds: of parts layer and overhead, whose calls are short.
         memory_budget: GiB that part clip may fill with weights, gradients, moments and activations on a CPU; on a GPU
-            it takes nine tenths of the free memory.
+            it takes nine tenths of the free memory, or less where that does not fit after all.
+        minutes: after which no further group is begun; what is left out is said. None is no limit.
         seed: of weights, inputs and masks.
         quick: tiny models and batches and few rounds, in eager mode: shows that everything runs, and measures nothing.
         output: folder for the results.
@@ -64,6 +68,7 @@ class Config:
     rounds: int = 4
     layer_rounds: int = 15
     memory_budget: float = 5.0
+    minutes: float | None = None
     seed: int = 0
     quick: bool = False
     output: Path = Path("build/benchmarks")
@@ -109,7 +114,9 @@ def main(config: Config) -> None:
         "config": asdict(config) | {"output": config.output.name},
         "rows": [],
         "cuda": [],
+        "left_out": [],
     }
+    until = math.inf if config.minutes is None else time.monotonic() + 60 * config.minutes
     groups = plan(config, size, dtype)
     layout = "{l_bar}{bar}| {elapsed}, {remaining} left"
     total = sum(group.seconds for group in groups)
@@ -119,6 +126,9 @@ def main(config: Config) -> None:
             bar.update(min(seconds, total - bar.n))  # sums of floats may pass the total
 
         for group in groups:
+            if time.monotonic() > until:
+                results["left_out"].append(str(group))
+                continue
             bar.set_description(str(group))
             results["rows"] += run_group(group, device=config.device, seed=config.seed, advance=advance)
             save(results, config.output / "results.json")
@@ -126,9 +136,20 @@ def main(config: Config) -> None:
         from drop_on_cuda import check_drop
 
         for mask_ratio in tqdm(config.ratios, desc="the drop on the GPU", file=sys.stdout):
-            results["cuda"].append(check_drop(size, mask_ratio, dtype, config.rounds))
+            if time.monotonic() > until:
+                results["left_out"].append(f"the drop on the GPU at {mask_ratio}")
+                continue
+            try:
+                results["cuda"].append(check_drop(size, mask_ratio, dtype, config.rounds))
+            except Exception as error:  # as in a group
+                results["rows"].append(
+                    {"part": "the drop on the GPU", "mask_ratio": mask_ratio, "failed": in_words(error)}
+                )
             save(results, config.output / "results.json")
+    save(results, config.output / "results.json")
     save_report(results, config.output)
+    for line in failures(results):
+        print(f"not measured: {line}")
     print(f"left in {config.output}: {', '.join(sorted(path.name for path in config.output.iterdir()))}")
 
 
@@ -138,18 +159,17 @@ def plan(config: Config, size: sizes.Sizes, dtype: torch.dtype) -> list[Group]:
         size = replace(size, step=tuple(model for model in size.step if model.name in config.models))
     budget_mib = None if config.device == "cuda" else config.memory_budget * 1024
     ratios, device = config.ratios, config.device
-    groups = []
-    rounds, layer_rounds, modes, layer_modes = config.rounds, config.layer_rounds, config.modes, config.layer_modes
-    if "layer" in config.parts:
-        groups += part_layer.groups(size, ratios=ratios, modes=layer_modes, device=device, rounds=layer_rounds)
-    if "overhead" in config.parts:
-        groups += part_overhead.groups(ratios=ratios, stages=config.stages, device=device, rounds=layer_rounds)
+    rounds, layer_rounds = config.rounds, config.layer_rounds
     training: dict[str, Any] = {"ratios": ratios, "stages": config.stages, "device": device, "dtype": dtype}
-    if "step" in config.parts:
-        groups += part_step.groups(size, **training, modes=modes, unmasked=config.unmasked, rounds=rounds)
-    if "clip" in config.parts:
-        groups += part_clip.groups(size, **training, budget_mib=budget_mib, rounds=rounds)
-    return groups
+    training["rounds"] = rounds
+    short: dict[str, Any] = {"ratios": ratios, "device": device, "rounds": layer_rounds}
+    parts: dict[str, Callable[[], list[Group]]] = {
+        "layer": lambda: part_layer.groups(size, **short, modes=config.layer_modes),
+        "overhead": lambda: part_overhead.groups(**short, stages=config.stages),
+        "step": lambda: part_step.groups(size, **training, modes=config.modes, unmasked=config.unmasked),
+        "clip": lambda: part_clip.groups(size, **training, budget_mib=budget_mib),
+    }
+    return [group for part in config.parts for group in parts[part]()]
 
 
 def save(results: dict[str, Any], path: Path) -> None:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import part_step
 import report
 import sizes
 from arithmetic import Tower, clip_ceiling
+from groups import Group, run_group
 from memory import peak_mib
 from precision import choose_dtype
 from run import Config, main
@@ -227,6 +229,78 @@ def test_the_largest_batch_fills_the_budget_and_no_more(gradients, budget):
     assert all(after <= 2 * before for before, after in itertools.pairwise(asked[1:]))
     with pytest.raises(ValueError, match="batch 2"):
         part_clip.largest_batch(peak, 9)
+
+
+def test_a_batch_that_does_not_fit_after_all_is_made_smaller():
+    """By 3 % at a time, whatever the measured peaks say; a batch of 2 that does not fit is an error."""
+
+    def peak(batch, fits=480):
+        if batch > fits:
+            raise torch.OutOfMemoryError(f"batch {batch}")
+        return max(10 + batch, 7 * batch)
+
+    batch = part_clip.largest_batch(peak, 7 * 1000)
+    assert 0.96 * 480 <= batch <= 480
+    assert part_clip.in_memory(500, peak) == (batch := 470, peak(batch))
+    assert part_clip.in_memory(3, peak) == (3, 21)
+    with pytest.raises(torch.OutOfMemoryError, match="batch 2"):
+        part_clip.in_memory(9, functools.partial(peak, fits=1))
+
+
+def group_of(*contenders):
+    keys = {
+        "part": "step",
+        "model": "m",
+        "dtype": "float32",
+        "mask_ratio": 0.5,
+        "mode": "eager",
+        "pass": "training step",
+    }
+    return Group(keys, lambda: contenders, "ideal", "unmasked", rounds=2, round_seconds=0.01)
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory: 5 GiB\nand much advice")
+
+
+def test_a_contender_that_fails_is_a_row_and_the_others_are_measured():
+    names = ("ideal", "unmasked", "timm", "pixels")
+    rows = run_group(
+        group_of(*(Contender(name, out_of_memory if name == "timm" else list, 1) for name in names)),
+        device="cpu", seed=0, advance=lambda _: None,
+    )  # fmt: skip
+    assert {row["contender"]: row.get("failed") for row in rows} == {
+        "ideal": None, "unmasked": None, "pixels": None, "timm": "OutOfMemoryError: CUDA out of memory: 5 GiB",
+    }  # fmt: skip
+    assert all(row["ms"] > 0 for row in rows if "failed" not in row)
+
+
+@pytest.mark.parametrize("broken", ["ideal", "unmasked"])
+def test_without_what_it_is_compared_with_a_group_fails_and_says_so(broken):
+    contenders = [Contender(name, out_of_memory if name == broken else list, 1) for name in ("ideal", "unmasked")]
+    rows = run_group(group_of(*contenders), device="cpu", seed=0, advance=lambda _: None)
+    assert [row["contender"] for row in rows] == ["ideal", "unmasked"]
+    assert all("OutOfMemoryError" in row["failed"] for row in rows)
+
+
+def test_a_group_that_cannot_be_built_is_a_row():
+    group = replace(group_of(), build=out_of_memory)
+    (row,) = run_group(group, device="cpu", seed=0, advance=lambda _: None)
+    assert row["contender"] == "every contender"
+    assert row["failed"] == "OutOfMemoryError: CUDA out of memory: 5 GiB"
+
+
+def test_what_fails_and_what_the_time_does_not_suffice_for_is_in_the_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(part_step, "training_step", lambda *args, **kwargs: out_of_memory)
+    main(Config(quick=True, output=tmp_path, device="cpu", dtype="float32", parts=("step", "overhead")))
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert text.index("what is added to a forward") < text.index("Not measured:\n\n- step, vit_tiny_patch16_224")
+    assert "gaussmask pixels: RuntimeError: unmasked, which the others are compared with: OutOfMemoryError" in text
+    main(Config(quick=True, output=tmp_path, device="cpu", dtype="float32", parts=("step", "overhead"), minutes=0))
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    for part, what in (("step vit_tiny_patch16_224", "training step"), ("overhead ViT of one block", "forward")):
+        assert all(f"- {part} float32 {ratio} eager {what}: the time was over\n" in text for ratio in (0.5, 0.918))
+    assert len(text.partition("Not measured:\n\n")[2].splitlines()) == 4
 
 
 def test_the_dtype_comes_with_its_reason():

@@ -116,7 +116,10 @@ def gaussian_scores(
     # Images that share a grid expand one row of coordinates: the preference of that row serves them all.
     shared = coords[:1] if coords.stride(0) == 0 else coords
     preference = preference_at(shared.float(), sigma, center, sampling)
-    return with_noise(preference, uniform(coords.shape[:2], coords.device, generator), sampling)
+    noise = uniform(coords.shape[:2], coords.device, generator)
+    if sampling == "weighted":
+        noise = noise.clamp(min=torch.finfo(noise.dtype).tiny)  # a draw of 0 would score -inf, like padding
+    return with_noise(preference, noise, sampling)
 
 
 def preference_at(coords: Tensor, sigma: float, center: Sequence[float], sampling: str) -> Tensor:
@@ -139,8 +142,7 @@ def preference_on(
 
 
 def with_noise(preference: Tensor, noise: Tensor, sampling: str) -> Tensor:
-    """The scores (B, N), of noise (B, N) from U[0, 1)."""
+    """The scores (B, N), of noise (B, N) from U[0, 1). One draw in 2^24 is 0, and with "weighted" scores -inf."""
     if sampling == "additive":
         return noise + preference
-    noise = noise.clamp(min=torch.finfo(noise.dtype).tiny)  # a draw of 0 would score -inf, like padding
-    return preference - noise.log().neg().log()
+    return preference - torch.xlogy(-1, noise).log()  # xlogy: -log(noise) at once

@@ -99,18 +99,23 @@ class MustReachDrop(Helper):
 
     def embedded(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the patch embedding, whose output also shows the grid."""
+        if type(output) is not torch.Tensor:
+            self.refuse_proxies(output)
+        link = self.link
+        if (seam := link.seam) is None:
+            return
+        now = link.now
+        now.pending = link.drop.active
+        if now.pending and not now.running:
+            self.claim(module)
+        seam.watch_grid(module, args, output)
+
+    def refuse_proxies(self, output: Any) -> None:
         if any(isinstance(value, torch.fx.Proxy) for value in (output if isinstance(output, tuple) else (output,))):
             raise UnsupportedModelError(
                 f"{self.host_name} carries a drop, whose hooks torch.fx cannot trace (nor torchvision's "
                 "create_feature_extractor, which uses it): detach first"
             )
-        if (seam := self.link.seam) is None:
-            return
-        now = self.link.now
-        now.pending = self.link.drop.active
-        if now.pending and not now.running:
-            self.claim(module)
-        seam.watch_grid(module, args, output)
 
     def claim(self, module: nn.Module) -> None:
         """One forward at a time: raise where another thread is, or may be, in the middle of one."""
