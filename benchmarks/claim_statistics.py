@@ -1,40 +1,11 @@
 """From differences, one per seed, to an interval and a verdict: the rule of docs/claims-rule.md."""
 
-import math
-import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-from scipy.stats import t as student
+from clip_comparison import Difference
 
-CONFIDENCE = 0.95
 MIN_RUNS = 5
 SHOWN, NOT_SHOWN, CONTRADICTED, NOT_ENOUGH = "shown", "not shown", "contradicted", "not enough runs"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of n paired differences, with Student's t interval at 95 %; no interval for fewer than two."""
-
-    n: int
-    mean: float
-    low: float
-    high: float
-
-
-def difference(values: Sequence[float]) -> Difference:
-    """Of the differences of n seeds.
-
-    Raises:
-        ValueError: without any.
-    """
-    if not values:
-        raise ValueError("a difference needs at least one pair of runs")
-    n, mean = len(values), statistics.fmean(values)
-    if n == 1:
-        return Difference(n, mean, math.nan, math.nan)
-    half = float(student.ppf((1 + CONFIDENCE) / 2, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-    return Difference(n, mean, mean - half, mean + half)
 
 
 def verdict(found: Difference | None, margin: float = 0.0) -> str:

@@ -6,6 +6,7 @@ The generators of the training are left as they were, so that an evaluation chan
 
 import contextlib
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,11 +168,15 @@ def zero_shot(encoder: Encoder, data: CaptionedImages, *, masked: bool = False) 
     return {"top1": _percent(hits[:, 0]), "top5": _percent(hits.any(dim=1))}
 
 
-def retrieval(encoder: Encoder, data: CaptionedImages) -> dict[str, float]:
-    """Recall at 1, 5 and 10, in percent: of images by a caption, and of any of its own captions by an image."""
+def retrieval(encoder: Encoder, data: CaptionedImages, *, masked: bool = False) -> dict[str, float]:
+    """Recall at 1, 5 and 10, in percent: of images by a caption, and of any of its own captions by an image.
+
+    Args:
+        masked: as for `zero_shot`.
+    """
     captions = data.all_captions or [[caption] for caption in data.captions]
     owners = torch.tensor([image for image, texts in enumerate(captions) for _ in texts])
-    with evaluating(encoder):
+    with evaluating(encoder, masked=masked):
         images = encoder.images(data.images)
         texts = encoder.texts([text for some in captions for text in some])
     hits = {
@@ -179,6 +184,23 @@ def retrieval(encoder: Encoder, data: CaptionedImages) -> dict[str, float]:
         "text_to_image": _best(texts, images) == owners[:, None],
     }
     return {f"{way}_r{k}": _percent(found[:, :k].any(dim=1)) for way, found in hits.items() for k in RECALLS}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure in percent that tells how good a model is on some data: `of(encoder, data, masked=...)`."""
+
+    name: str
+    of: Callable[..., float]
+
+
+TOP1 = Score("top-1", lambda encoder, data, masked=False: zero_shot(encoder, data, masked=masked)["top1"])
+MEAN_RECALL = Score("mean recall", lambda *args, **more: statistics.fmean(retrieval(*args, **more).values()))
+
+
+def score_for(data: CaptionedImages) -> Score:
+    """Zero-shot top-1 where the data has classes, and otherwise the mean of retrieval's six recalls."""
+    return TOP1 if data.labels is not None and data.classnames else MEAN_RECALL
 
 
 def _best(queries: Tensor, items: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gaussmask
 
 METHODS = ("clip", "flip", "glip")
+OTHER_RULES = ("weighted", "grid", "block", "cluster")  # "weighted" is GLIP's Gaussian, drawn without sure winners
 MAX_LOGIT_SCALE = math.log(100)  # as in CLIP, section 2.5
 
 
@@ -92,14 +93,20 @@ def train_step_in_parts(
 
 
 def make_drop(method: str, mask_ratio: float, *, sigma: float, sampling: str) -> gaussmask.PatchDropout | None:
-    """What a method drops: nothing (`"clip"`), random patches (`"flip"`) or those far from the centre (`"glip"`)."""
-    if method == "clip":
-        return None
-    if method == "flip":
-        return gaussmask.RandomPatchDropout(mask_ratio)
-    if method == "glip":
-        return gaussmask.GaussianPatchDropout(mask_ratio, sigma, sampling=sampling)
-    raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    """What a method drops: nothing (`"clip"`), random patches (`"flip"`), those far from the centre (`"glip"`), or what
+    one of `OTHER_RULES` drops."""
+    makers: dict[str, Callable[[], gaussmask.PatchDropout | None]] = {
+        "clip": lambda: None,
+        "flip": lambda: gaussmask.RandomPatchDropout(mask_ratio),
+        "glip": lambda: gaussmask.GaussianPatchDropout(mask_ratio, sigma, sampling=sampling),
+        "weighted": lambda: gaussmask.GaussianPatchDropout(mask_ratio, sigma, sampling="weighted"),
+        "grid": lambda: gaussmask.GridPatchDropout(mask_ratio),
+        "block": lambda: gaussmask.BlockPatchDropout(mask_ratio),
+        "cluster": lambda: gaussmask.ClusterPatchDropout(mask_ratio),
+    }
+    if method not in makers:
+        raise ValueError(f"method must be one of {', '.join(makers)}, got {method!r}")
+    return makers[method]()
 
 
 def apply_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_norm: float = math.inf) -> None:

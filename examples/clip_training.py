@@ -14,7 +14,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -23,9 +23,10 @@ import pandas as pd
 import timm
 import torch
 from clip_data import CaptionedImages
-from clip_evaluation import Encoder, to_floats, zero_shot
+from clip_evaluation import TOP1, Encoder, Score, to_floats
 from clip_step import (
     METHODS,
+    OTHER_RULES,
     autocast,
     learning_rate,
     make_drop,
@@ -39,12 +40,14 @@ from matplotlib.ticker import EngFormatter
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import gaussmask
 
 pd.options.display.width = 120  # so that a terminal shows the result table unbroken
 
+COLUMNS = ("masked inference", "unmasked", "after tuning")  # of the papers' tables
 CURVE_IMAGES = 1000  # of the test set are evaluated after every pass
 
 
@@ -146,16 +149,20 @@ def train(
     seed: int,
     label: str,
     curve_data: CaptionedImages | None = None,
+    score: Score = TOP1,
+    advance: Callable[[int], object] | None = None,
 ) -> list[dict[str, float]]:
     """Train for `epochs` passes over `data`, whose order depends on `seed` alone.
 
     Args:
         label: of the progress bar.
         curve_data: evaluated, as whole images, after every pass.
+        score: of `curve_data`.
+        advance: told after every step how many images it took, in place of a progress bar.
 
     Returns:
         One record per step: `samples` seen so far, `loss`, `images_per_second` of the step (loading not counted), and
-        `top1` where `curve_data` was evaluated.
+        `score` where `curve_data` was evaluated.
     """
     loader = torch.utils.data.DataLoader(
         data,
@@ -173,8 +180,8 @@ def train(
     contrastive_loss = open_clip.loss.ClipLoss()
     tokenize = tokenizer(config.context_length)
     records = []
-    bar = tqdm(total=num_steps * config.batch_size, desc=label, unit=" images", unit_scale=True, file=sys.stdout)
-    with bar:
+    total, hidden = num_steps * config.batch_size, None if advance is None else True
+    with tqdm(total=total, desc=label, unit=" images", unit_scale=True, file=sys.stdout, disable=hidden) as bar:
         for step, (images, captions) in enumerate(_batches(loader, num_steps), start=1):
             model.train()
             pixels, tokens = to_floats(images, config.device), tokenize(captions).to(config.device)
@@ -189,8 +196,10 @@ def train(
                 "images_per_second": config.batch_size / seconds,
             }
             if curve_data is not None and (step % len(loader) == 0 or step == num_steps):
-                record["top1"] = zero_shot(make_encoder(model, config), curve_data)["top1"]
+                record["score"] = score.of(make_encoder(model, config), curve_data)
             records.append(record)
+            if advance is not None:
+                advance(config.batch_size)
             bar.update(config.batch_size)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return records
@@ -217,6 +226,8 @@ def pretrain_and_tune(
     tuning_data: CaptionedImages | None = None,
     label: str = "",
     curve_data: CaptionedImages | None = None,
+    score: Score = TOP1,
+    advance: Callable[[int, bool], object] | None = None,
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The papers' protocol: train on few tokens, evaluate, tune for a short while on all tokens, evaluate again.
 
@@ -225,13 +236,20 @@ def pretrain_and_tune(
             the training, `"after tuning"` after the tuning, if there is one.
         reveal: called between the first two; makes the model train on whole images from then on.
         tuning_data: if it differs from `data`, as for a model that was trained on smaller images.
+        curve_data, score: see `train`.
+        advance: likewise, with True as the second argument in the tuning.
 
     Returns:
         The records of `train`, of the training and of the tuning.
     """
     encoder = make_encoder(model, config)
+    curve: dict[str, Any] = {"curve_data": curve_data, "score": score}
+
+    def told(tuning: bool) -> Any:
+        return None if advance is None else lambda images: advance(images, tuning)
+
     training = train(
-        model, data, config, epochs=config.epochs, lr=config.lr, seed=seed, label=label, curve_data=curve_data
+        model, data, config, epochs=config.epochs, lr=config.lr, seed=seed, label=label, advance=told(False), **curve
     )
     evaluate("masked inference", encoder)
     reveal()
@@ -246,19 +264,31 @@ def pretrain_and_tune(
         lr=config.tuning_lr,
         seed=seed + 1_000_000,
         label=f"{label}, unmasked tuning",
-        curve_data=curve_data,
+        advance=told(True),
+        **curve,
     )
     evaluate("after tuning", encoder)
     return training, tuning
 
 
 def run(
-    method: str, train_data: CaptionedImages, test_data: CaptionedImages, config: Config, seed: int
+    method: str,
+    train_data: CaptionedImages,
+    test_data: CaptionedImages,
+    config: Config,
+    seed: int,
+    *,
+    score: Score = TOP1,
+    advance: Callable[[int, bool], object] | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """`pretrain_and_tune` one model with masks.
 
     The initial weights and the order of the batches depend on `seed` only, not on the method. CLIP, which has no mask,
     goes through the tuning too, so that all methods have seen equally many images in every column.
+
+    Args:
+        score: of the columns and the curve.
+        advance: see `pretrain_and_tune`.
 
     Returns:
         The row of results, and the records of `train` as a table.
@@ -268,12 +298,12 @@ def run(
     drop = make_drop(method, config.mask_ratio, sigma=config.sigma, sampling=config.sampling)
     if drop is not None:
         gaussmask.attach(model.visual, drop)
-    top1 = dict.fromkeys(("masked inference", "unmasked", "after tuning"), math.nan)
+    scores = dict.fromkeys(COLUMNS, math.nan)
 
     def evaluate(column: str, encoder: Encoder) -> None:
         masked = column == "masked inference"
         if not masked or drop is not None:
-            top1[column] = zero_shot(encoder, test_data, masked=masked)["top1"]
+            scores[column] = score.of(encoder, test_data, masked=masked)
 
     def reveal() -> None:
         if drop is not None:
@@ -288,11 +318,13 @@ def run(
         reveal=reveal,
         label=f"{method}, seed {seed}",
         curve_data=test_data.head(CURVE_IMAGES),
+        score=score,
+        advance=advance,
     )
     seen = training[-1]["samples"]
     curve = pd.DataFrame([*training, *({**record, "samples": record["samples"] + seen} for record in tuning)])
     speed = pd.Series([record["images_per_second"] for record in training]).median()
-    result = {"method": method, "seed": seed, **top1, "images/s": speed}
+    result = {"method": method, "seed": seed, **scores, "images/s": speed}
     return result, curve.assign(method=method, seed=seed)
 
 
@@ -332,18 +364,34 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
     return table.assign(seeds=grouped["seed"].count())
 
 
-def plot_curves(curves: pd.DataFrame, smoothing: int = 10) -> Figure:
-    """Training loss, and zero-shot accuracy on whole images, over the samples seen; a thin line per seed."""
-    figure, (loss_axes, accuracy_axes) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+def operations(config: Config, method: str) -> float:
+    """Of the forward and backward of one image and its caption, counted on the model: the same on every machine."""
+    model = build_model(replace(config, device="cpu")).to("meta").train()
+    drop = make_drop(method, config.mask_ratio, sigma=config.sigma, sampling=config.sampling)
+    if drop is not None:
+        gaussmask.attach(model.visual, drop)
+    images = torch.zeros(1, 3, config.image_size, config.image_size, device="meta")
+    tokens = torch.zeros(1, config.context_length, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        image_features, text_features, _ = model(images, tokens)
+        (image_features.sum() + text_features.sum()).backward()
+    return float(counter.get_total_flops())
+
+
+def plot_curves(curves: pd.DataFrame, smoothing: int = 10, score: str = TOP1.name) -> Figure:
+    """Training loss, and the score on whole images, over the samples seen; a thin line per seed."""
+    figure, (loss_axes, score_axes) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    methods = [*METHODS, *OTHER_RULES]  # a colour for each, whichever are there
     for (method, seed), curve in curves.groupby(["method", "seed"], sort=False):
-        style: dict[str, Any] = {"color": f"C{METHODS.index(method)}", "alpha": 0.8}
+        style: dict[str, Any] = {"color": f"C{methods.index(str(method))}", "alpha": 0.8}
         style["label"] = method if seed == curves["seed"].iloc[0] else None
         loss_axes.plot(curve["samples"], curve["loss"].rolling(smoothing, min_periods=1).mean(), linewidth=1, **style)
-        accuracy = curve.dropna(subset="top1")
-        accuracy_axes.plot(accuracy["samples"], accuracy["top1"], marker="o", markersize=3, linewidth=1, **style)
-    loss_axes.set(xlabel="images seen", ylabel="contrastive loss", title="training (FLIP and GLIP masked until tuning)")
-    accuracy_axes.set(xlabel="images seen", ylabel="top-1 (%)", title="zero-shot, whole images")
-    accuracy_axes.legend()
-    for axes in (loss_axes, accuracy_axes):
+        scores = curve.dropna(subset="score")
+        score_axes.plot(scores["samples"], scores["score"], marker="o", markersize=3, linewidth=1, **style)
+    loss_axes.set(xlabel="images seen", ylabel="contrastive loss", title="training (masked until the tuning)")
+    title = "zero-shot, whole images" if score == TOP1.name else "retrieval, whole images"
+    score_axes.set(xlabel="images seen", ylabel=f"{score} (%)", title=title)
+    score_axes.legend()
+    for axes in (loss_axes, score_axes):
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
