@@ -10,8 +10,10 @@ leaves `results.csv` (a row per run), `curves.csv` and `curves.png`, anew after 
 and the sentence, with the setting, the versions and the machine). `--help` shows every option.
 """
 
+import math
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +26,8 @@ import tyro
 from clip_comparison import CONFIDENCE, EVERY_METHOD, advice, compare_on, fastest, fit_into, reference_of, table
 from clip_data import load
 from clip_evaluation import score_for
-from clip_training import Config, plot_curves
+from clip_step import make_drop
+from clip_training import Config, build_model, plot_curves
 from matplotlib import pyplot as plt
 from user_errors import UserError, one_line, setting_up
 
@@ -56,17 +59,14 @@ def main(
         limit: read at most so many images of each split.
         output: folder for the results.
     """
-    for method in methods:
-        if method not in EVERY_METHOD:
-            raise UserError(f"methods must be of {', '.join(EVERY_METHOD)}, got {method!r}")
     mpl.use("Agg")
     with setting_up():
+        check(config, methods, seeds, minutes)
         train_data = load(train, image_size=config.image_size, train=True, limit=limit)
         test_data = load(test, image_size=config.image_size, train=False, limit=limit)
-        if len(train_data) < config.batch_size:
-            raise UserError(
-                f"train has {len(train_data)} images, and a batch takes {config.batch_size} (--config.batch-size)"
-            )
+    if len(train_data) < config.batch_size:
+        count = f"train has {len(train_data)} images, and a batch takes {config.batch_size}"
+        raise UserError(f"{count}: give a smaller --config.batch-size")
     score = score_for(test_data)
     if minutes is not None:
         config, speed = fastest(train_data, test_data, config, score)
@@ -100,6 +100,22 @@ def main(
     (output / "results.md").write_text(text, encoding="utf-8")
     print(f"\n{rows.to_string()}\n\n{how}\n{sentence}\n")
     print(f"left in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+
+
+def check(config: Config, methods: Sequence[str], seeds: Sequence[int], minutes: float | None) -> None:
+    """Raise before the data is read, and not after the runs."""
+    for name, values in (("methods", methods), ("seeds", seeds)):
+        if not values or len(set(values)) < len(values):
+            raise UserError(
+                f"{name} must be one or more, each of them once, got {' '.join(map(str, values)) or 'none'}"
+            )
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UserError(f"minutes must be a number above 0, got {minutes:g}")
+    for method in methods:
+        make_drop(method, config.mask_ratio, sigma=config.sigma, sampling=config.sampling)
+    if config.width % config.head_width:
+        raise UserError(f"config.width must be a multiple of config.head-width={config.head_width}, got {config.width}")
+    build_model(config)
 
 
 def device_name(device: str) -> str:

@@ -2,14 +2,18 @@
 
 import io
 import json
+import math
+import re
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import clip_comparison
 import clip_data
 import clip_training
+import compare_methods
 import nbformat
 import numpy as np
 import pandas as pd
@@ -19,6 +23,7 @@ from captioned_scenes import CLASSNAMES, make_scenes
 from clip_evaluation import zero_shot
 from nbclient import NotebookClient
 from PIL import Image
+from user_errors import UserError
 
 import gaussmask
 
@@ -236,6 +241,21 @@ def test_data_that_is_not_there_is_said_in_one_line(source, message, tmp_path):
     assert done.stderr.startswith("compare_methods.py: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"methods": ("flip", "flip")}, "methods must be one or more, each of them once, got flip flip"),
+     ({"methods": ("flip", "mae")}, "method must be one of clip, flip, glip, weighted, grid, block, cluster, got"),
+     ({"seeds": ()}, "seeds must be one or more, each of them once, got none"),
+     ({"minutes": math.nan}, "minutes must be a number above 0, got nan"),
+     ({"minutes": 0}, "minutes must be a number above 0, got 0"),
+     ({"config": replace(TINY, mask_ratio=1.5)}, "mask_ratio must lie in"),
+     ({"config": replace(TINY, width=65)}, "config.width must be a multiple of config.head-width=64, got 65")],
+)  # fmt: skip
+def test_a_comparison_that_cannot_end_well_is_not_begun(setting, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        compare_methods.main(**{"train": "nowhere", "test": "nowhere", "config": TINY} | setting)
 
 
 def test_the_notebook_runs_at_a_small_size_and_is_committed_with_its_outputs(tmp_path, monkeypatch):
