@@ -238,10 +238,10 @@ def fit_into(
     steps_per_pass = num_train // config.batch_size
     share, tuning_share = share_of_the_unmasked(config), TUNING_SHARE * (config.tuning_epochs > 0)
     evaluations = len(COLUMNS) + 2 * min(1.0, CURVE_IMAGES / num_test)
-    one_seed = 60 * minutes * USED_TIME / num_seeds - len(methods) * evaluations * speed.evaluation
-    one_pass = sum(share * speed.whole if method == UNMASKED else speed.masked for method in methods)
-    one_pass += len(methods) * tuning_share * speed.whole
-    steps = one_seed / one_pass
+    training = 60 * minutes * USED_TIME / num_seeds - len(methods) * evaluations * speed.evaluation
+    step_of_each = sum(share * speed.whole if method == UNMASKED else speed.masked for method in methods)
+    step_of_each += len(methods) * tuning_share * speed.whole
+    steps = training / step_of_each
     if steps < FEWEST_STEPS:
         raise UserError(
             f"minutes: {minutes:g} leave {max(0, int(steps))} training steps for each of {num_seeds * len(methods)} "

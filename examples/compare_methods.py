@@ -16,10 +16,10 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import open_clip
-import pandas as pd
 import timm
 import torch
 import tyro
@@ -32,6 +32,9 @@ from matplotlib import pyplot as plt
 from user_errors import UserError, one_line, setting_up
 
 import gaussmask
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def main(
@@ -76,7 +79,7 @@ def main(
         )
     output.mkdir(parents=True, exist_ok=True)
 
-    def save(results: pd.DataFrame, curves: pd.DataFrame) -> None:
+    def save(results: "pd.DataFrame", curves: "pd.DataFrame") -> None:
         results.to_csv(output / "results.csv", index=False)
         curves.to_csv(output / "curves.csv", index=False)
         figure = plot_curves(curves, score=score.name)
