@@ -25,7 +25,7 @@ from claim_costs import BASELINE
 from claim_plan import RATIO, RATIOS, Claim, Row, Run, Setting, claims, full_setting
 from claim_records import Record, costs_of, read, results_by_run
 from claim_statistics import CONTRADICTED, NOT_ENOUGH, SHOWN, combined, verdict
-from clip_comparison import Difference, difference
+from clip_intervals import Difference, difference
 from report import fill, markdown
 
 ROOT = Path(__file__).parents[1]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from clip_comparison import Difference
+from clip_intervals import Difference
 
 MIN_RUNS = 5
 SHOWN, NOT_SHOWN, CONTRADICTED, NOT_ENOUGH = "shown", "not shown", "contradicted", "not enough runs"

@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 from clip_data import CaptionedImages
 from clip_evaluation import Score
+from clip_intervals import CONFIDENCE, Difference, difference
 from clip_step import METHODS, OTHER_RULES, now
 from clip_training import COLUMNS, CURVE_IMAGES, Config, build_model, make_encoder, operations, run, train
-from scipy.stats import t as student
 from tqdm import tqdm
 from user_errors import UserError
 
@@ -27,42 +27,13 @@ import gaussmask
 
 EVERY_METHOD = (*METHODS, *OTHER_RULES)
 UNMASKED, REFERENCE = "clip", "flip"
-CONFIDENCE = 0.95
 FEWEST_STEPS = 20  # of a run that is worth starting
 TIMED_STEPS = 4
 TUNING_SHARE = 0.1  # of the passes
 USED_TIME, LATEST = 0.92, 1.1  # shares of the minutes: that runs are planned for, and after which no seed is begun
 
 
-# Intervals
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of n paired differences, with Student's t interval; no interval for fewer than two."""
-
-    n: int
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
-
-
-def difference(values: Sequence[float], confidence: float = CONFIDENCE) -> Difference:
-    """Of the differences of n seeds.
-
-    Raises:
-        ValueError: without any.
-    """
-    if not values:
-        raise ValueError("a difference needs at least one pair of runs")
-    n, mean = len(values), statistics.fmean(values)
-    if n == 1:
-        return Difference(n, mean, math.nan, math.nan)
-    half = float(student.ppf((1 + confidence) / 2, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-    return Difference(n, mean, mean - half, mean + half)
+# What the runs show
 
 
 def differences(results: pd.DataFrame, to: str) -> dict[str, Difference]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 import gaussmask
 
@@ -107,6 +108,14 @@ def make_drop(method: str, mask_ratio: float, *, sigma: float, sampling: str) ->
     if method not in makers:
         raise ValueError(f"method must be one of {', '.join(makers)}, got {method!r}")
     return makers[method]()
+
+
+def count_operations(model: nn.Module, images: Tensor, tokens: Tensor) -> int:
+    """Of a forward and a backward, counted on the model; it may lie on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        image_features, text_features, *_ = model(images, tokens)
+        (image_features.sum() + text_features.sum()).backward()
+    return counter.get_total_flops()
 
 
 def apply_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, *, max_norm: float = math.inf) -> None:

@@ -28,6 +28,7 @@ from clip_step import (
     METHODS,
     OTHER_RULES,
     autocast,
+    count_operations,
     learning_rate,
     make_drop,
     make_optimizer,
@@ -40,7 +41,6 @@ from matplotlib.ticker import EngFormatter
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import gaussmask
@@ -364,18 +364,14 @@ def summarize(results: pd.DataFrame) -> pd.DataFrame:
     return table.assign(seeds=grouped["seed"].count())
 
 
-def operations(config: Config, method: str) -> float:
-    """Of the forward and backward of one image and its caption, counted on the model: the same on every machine."""
+def operations(config: Config, method: str) -> int:
+    """Of a step per image and caption: the same on every machine."""
     model = build_model(replace(config, device="cpu")).to("meta").train()
     drop = make_drop(method, config.mask_ratio, sigma=config.sigma, sampling=config.sampling)
     if drop is not None:
         gaussmask.attach(model.visual, drop)
     images = torch.zeros(1, 3, config.image_size, config.image_size, device="meta")
-    tokens = torch.zeros(1, config.context_length, dtype=torch.long, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        image_features, text_features, _ = model(images, tokens)
-        (image_features.sum() + text_features.sum()).backward()
-    return float(counter.get_total_flops())
+    return count_operations(model, images, torch.zeros(1, config.context_length, dtype=torch.long, device="meta"))
 
 
 def plot_curves(curves: pd.DataFrame, smoothing: int = 10, score: str = TOP1.name) -> Figure:

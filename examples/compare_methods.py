@@ -23,9 +23,10 @@ import open_clip
 import timm
 import torch
 import tyro
-from clip_comparison import CONFIDENCE, EVERY_METHOD, advice, compare_on, fastest, fit_into, reference_of, table
+from clip_comparison import EVERY_METHOD, advice, compare_on, fastest, fit_into, reference_of, table
 from clip_data import load
 from clip_evaluation import score_for
+from clip_intervals import CONFIDENCE
 from clip_step import make_drop
 from clip_training import Config, build_model, plot_curves
 from matplotlib import pyplot as plt

@@ -21,7 +21,7 @@ import claims
 from claim_plan import MAY_DIFFER, SCENES, DataSet, Run, flip, full_setting, glip, plan, smoke_setting, weighted
 from claim_records import pending, read, results_by_run, training_keys, write
 from claim_statistics import CONTRADICTED, NOT_ENOUGH, NOT_SHOWN, SHOWN, combined, verdict
-from clip_comparison import Difference, difference
+from clip_intervals import Difference, difference
 from user_errors import UserError
 
 SETTING = smoke_setting()

@@ -22,24 +22,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import gaussmask
-from gaussmask import (
-    BlockPatchDropout,
-    ClusterPatchDropout,
-    GaussianPatchDropout,
-    GridPatchDropout,
-    PatchDropout,
-    RandomPatchDropout,
-)
+from gaussmask import GaussianPatchDropout, PatchDropout
 
 pytestmark = pytest.mark.filterwarnings("default")  # a GPU that nobody has tried may have other ones
 on_a_gpu = pytest.mark.cuda
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RULES = {
-    "random": RandomPatchDropout,
+    "random": gaussmask.RandomPatchDropout,
     "Gaussian": GaussianPatchDropout,
     "weighted": partial(GaussianPatchDropout, sampling="weighted"),
-    "grid": GridPatchDropout,
-    "block": BlockPatchDropout,
+    "grid": gaussmask.GridPatchDropout,
+    "block": gaussmask.BlockPatchDropout,
 }
 
 
@@ -381,7 +374,7 @@ def fake_gpu():
         pytest.skip(f"torch {torch.__version__} cannot do without a GPU here")
 
 
-RULES_THERE = {**RULES, "cluster": ClusterPatchDropout}
+RULES_THERE = {**RULES, "cluster": gaussmask.ClusterPatchDropout}
 
 
 @pytest.mark.parametrize(
