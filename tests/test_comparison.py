@@ -176,6 +176,29 @@ def test_runs_go_seed_by_seed_and_are_saved_at_once(monkeypatch):
     assert set(results["images seen"]) == {64}
 
 
+class Bar(comparison.tqdm):
+    """Remembers where it ended."""
+
+    ended = None
+
+    def close(self):
+        type(self).ended = self.n / self.total
+        super().close()
+
+
+@pytest.mark.parametrize("method", ["clip", "flip"])
+def test_the_bar_is_full_when_the_runs_have_ended(monkeypatch, method):
+    """Steps of the tuning, and of a run without a mask, cost more than those with one."""
+    monkeypatch.setattr(comparison, "tqdm", Bar)
+    seen = []
+    advanced = Bar.update
+    monkeypatch.setattr(Bar, "update", lambda bar, n: (seen.append(n), advanced(bar, n))[1])
+    comparison.compare_on(SCENES, TEST_SCENES, TINY, TOP1, methods=(method,), seeds=(0,))
+    assert Bar.ended == pytest.approx(1)
+    whole, masked = (clip_training.operations(TINY, name) for name in ("clip", "flip"))
+    assert set(seen) == {32 * whole, 32 * (whole if method == "clip" else masked)}
+
+
 def test_no_seed_is_begun_that_would_end_too_late(monkeypatch, capsys):
     world = World(monkeypatch, seconds=10)
     more = {"methods": ("flip", "glip"), "seeds": (0, 1, 2, 3, 4)}
