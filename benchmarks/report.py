@@ -112,6 +112,7 @@ def fill(page: str, named: dict[str, str]) -> str:
 def machine_line(results: Results) -> str:
     """Where, when, and with what."""
     machine, dtype = results["machine"], results["dtype"]
+    reason = re.sub(r"[\d.]+e\+\d+", lambda number: plain(float(number[0])), dtype["reason"])
     where = f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {machine['instructions']}"
     if machine["gpu"]:
         where = f"{machine['gpu']}; {where}"
@@ -119,7 +120,7 @@ def machine_line(results: Results) -> str:
     git = f", commit {results['git'][:12]}" if results["git"] else ""
     return (
         f"{where}, {machine['os']}. {libraries}{git}. {results['date'][:10]}, seed {results['seed']}. "
-        f"Training steps in {dtype['name']} ({dtype['reason']}). `{results['command']}`"
+        f"Training steps in {dtype['name']} ({reason}). `{results['command']}`"
     )
 
 
@@ -128,7 +129,7 @@ def layer_table(rows: pd.DataFrame) -> str:
     texts = []
     for (mode, dtype), of_mode in rows.groupby(["mode", "dtype"], sort=False):
         cells = [
-            f"{row.ms:.3g} ms, {spread(row, 'ratio')}, {row.baseline} / {row.speed_up:.2f}"
+            f"{plain(row.ms)} ms, {spread(row, 'ratio')}, {row.baseline} / {row.speed_up:.2f}"
             for row in of_mode.itertuples()
         ]
         table = pivot(of_mode.assign(cell=cells), ["pass", "contender"])
@@ -149,7 +150,7 @@ def step_table(rows: pd.DataFrame) -> str:
     texts = []
     for mode, of_mode in rows.groupby("mode", sort=False):
         cells = [
-            f"{faster(row)}{row.peak_mib:,.0f} MiB; {spread(row, 'ratio')} the ideal, {row.ms:.3g} ms"
+            f"{faster(row)}{row.peak_mib:,.0f} MiB; {spread(row, 'ratio')} the ideal, {plain(row.ms)} ms"
             for row in of_mode.itertuples()
         ]
         table = pivot(of_mode.assign(cell=cells), ["model", "batch", "contender"])
@@ -163,16 +164,16 @@ def faster(row: Any) -> str:
 
 
 def clip_table(rows: pd.DataFrame) -> str:
-    """Images per second and what becomes of the ceiling."""
+    """Images per second and what becomes of the ceiling; the memory is that above weights and moments."""
     cells = [
         {
             "ratio": row.mask_ratio,
             "method": row.contender,
             "batch": row.batch,
-            "images/s": f"{row.images_per_s:.3g}",
+            "images/s": plain(row.images_per_s),
             "speed-up": spread(row, "speed_up"),
             "ceiling": f"{row.ceiling:.2f}",
-            "peak above weights and moments": f"{row.peak_mib:,.0f} MiB",
+            "peak memory": f"{row.peak_mib:,.0f} MiB",
         }
         for row in rows.itertuples()
     ]
@@ -191,6 +192,11 @@ def spread(row: Any, measure: str) -> str:
     """Median and quartiles as text."""
     middle, low, high = (getattr(row, measure + suffix) for suffix in ("", "_q25", "_q75"))
     return f"{middle:.2f}×" if low == high else f"{middle:.2f}× ({low:.2f}–{high:.2f})"
+
+
+def plain(figure: Any) -> str:
+    """Three digits, and no powers of ten."""
+    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
 
 
 def pivot(rows: pd.DataFrame, index: list[str]) -> str:

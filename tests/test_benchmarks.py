@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -301,6 +302,15 @@ def test_what_fails_and_what_the_time_does_not_suffice_for_is_in_the_tables(tmp_
     for part, what in (("step vit_tiny_patch16_224", "training step"), ("overhead ViT of one block", "forward")):
         assert all(f"- {part} float32 {ratio} eager {what}: the time was over\n" in text for ratio in (0.5, 0.918))
     assert len(text.partition("Not measured:\n\n")[2].splitlines()) == 4
+
+
+@pytest.mark.parametrize(("figure", "said"), [(2343.7, "2,344"), (110.0, "110"), (1.0712, "1.07"), (26.04, "26")])
+def test_figures_are_as_a_person_says_them(figure, said):
+    assert report.plain(figure) == said
+
+
+def test_no_page_has_a_power_of_ten():
+    assert not [text for text in report.committed().values() if re.search(r"\de[+-]\d\d", text)]
 
 
 def test_the_dtype_comes_with_its_reason():
