@@ -6,7 +6,7 @@ from typing import Any
 import open_clip
 import torch
 from arithmetic import Tower, clip_ceiling
-from claim_plan import RATIOS, SIGMA
+from claim_design import RATIOS, SIGMA
 from clip_step import autocast, make_drop, make_optimizer, train_step
 from clip_training import Config as Recipe
 from clip_training import build_model, tokenizer

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from claim_plan import Run, Setting
+from claim_design import Run, Setting
 from clip_training import Config as Recipe
 
 Record = dict[str, Any]
@@ -35,7 +35,9 @@ def results_by_run(records: Sequence[Record], setting: Setting) -> dict[Run, dic
         if record["kind"] != "training":
             continue
         run = Run(**record["run"])
-        if run.data in setting.data_names and _same(record, training_keys(run, setting)):
+        keys = training_keys(run, setting)
+        del keys["run"]  # old records have fewer fields
+        if run.data in setting.data_names and _same(record, keys):
             found.setdefault(run, {}).update(record["results"])
     return found
 

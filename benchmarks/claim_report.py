@@ -21,11 +21,15 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from claim_compute import CHOICE_SEEDS as RATE_SEEDS
 from claim_costs import BASELINE
-from claim_plan import RATIO, RATIOS, Claim, Row, Run, Setting, claims, full_setting
+from claim_design import RATIO, RATIOS, Claim, Results, Row, Setting, full_setting
+from claim_masks import CHOICE_SEEDS as CLUSTER_SEEDS
+from claim_masks import CONFIRMING_SEEDS
+from claim_plan import claims
 from claim_records import Record, costs_of, read, results_by_run
 from claim_statistics import CONTRADICTED, NOT_ENOUGH, SHOWN, combined, verdict
-from clip_intervals import Difference, difference
+from clip_intervals import CONFIDENCE, Difference, difference
 from report import fill, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +38,6 @@ PAGES = (ROOT / "docs" / "claims.md", ROOT / "README.md")
 PLOTS = ROOT / "docs" / "claims"
 COSTS = Claim("C2", "It costs no more than FLIP", [], ("GLIP", "FLIP"))
 SPEED_MARGIN, MEMORY_LIMIT = math.log(0.97), 1.03
-Results = dict[Run, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def save_report(records: Sequence[Record], setting: Setting, folder: Path) -> No
     """Write claims.md, a page with everything, and the plots."""
     texts = all_texts(records, setting)
     parts = [f"# The papers' claims\n\n{texts['claims-summary']}\n\n{texts['claims-origin']}"]
-    for claim in (*claims(setting), COSTS):
+    for claim in (*claims(setting, results_by_run(records, setting)), COSTS):
         parts.append(f"## {claim.name}: {claim.title}\n\n![{claim.name}]({claim.name}.png)\n\n{texts[key(claim)]}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "claims.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -97,10 +100,11 @@ def all_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
     `claims-tuned`.
     """
     results = results_by_run(records, setting)
-    judged = {claim.name: judge(claim, results) for claim in claims(setting)}
-    texts = {key(claim): claim_text(claim, judged[claim.name]) for claim in claims(setting)}
+    every = claims(setting, results)
+    judged = {claim.name: judge(claim, results) for claim in every}
+    texts = {key(claim): claim_text(claim, judged[claim.name]) for claim in every}
     texts[key(COSTS)] = costs_text(records, setting)
-    decided = [claim for claim in claims(setting) if any(row.primary for row in claim.rows)]
+    decided = [claim for claim in every if any(row.primary for row in claim.rows)]
     summary = {claim.name: summary_row(claim, judged[claim.name]) for claim in decided}
     summary[COSTS.name] = costs_summary_row(records, setting)
     texts["claims-summary"] = markdown(pd.DataFrame([summary[name] for name in sorted(summary)]))
@@ -111,13 +115,15 @@ def all_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
 
 
 def judge(claim: Claim, results: Results) -> list[Judged]:
-    """Every row of a claim."""
-    return [_judge(row, results) for row in claim.rows]
+    """Every row of a claim, on the claim's own seeds, or on all those that no claim has for itself."""
+    of_others = {*CLUSTER_SEEDS, *CONFIRMING_SEEDS, *RATE_SEEDS}
+    seeds = claim.seeds or sorted({run.seed for run in results} - of_others)
+    return [_judge(row, results, seeds) for row in claim.rows]
 
 
-def _judge(row: Row, results: Results) -> Judged:
+def _judge(row: Row, results: Results, seeds: Sequence[int]) -> Judged:
     firsts, seconds = [], []
-    for seed in sorted({run.seed for run in results}):
+    for seed in seeds:
         first, second = (_mean_figure(row, side, seed, results) for side in (0, 1))
         if first is not None and second is not None:
             firsts.append(first)
@@ -126,7 +132,9 @@ def _judge(row: Row, results: Results) -> Judged:
         return Judged(row)
     sides = (sum(firsts) / len(firsts), sum(seconds) / len(seconds))
     passes = next(known["passes"] for run, known in results.items() if replace(run, seed=0) == row.pairs[0][0])
-    return Judged(row, sides, difference([a - b for a, b in zip(firsts, seconds, strict=True)]), passes)
+    confidence = 1 - (1 - CONFIDENCE) / row.comparisons
+    found = difference([a - b for a, b in zip(firsts, seconds, strict=True)], confidence)
+    return Judged(row, sides, found, passes)
 
 
 def _mean_figure(row: Row, side: int, seed: int, results: Results) -> float | None:
@@ -314,7 +322,7 @@ def save_plots(records: Sequence[Record], setting: Setting, folder: Path) -> Non
     """A plot for every claim, which carries the digest of what it shows."""
     digest = {"Records": records_digest(records)}
     results = results_by_run(records, setting)
-    for claim in claims(setting):
+    for claim in claims(setting, results):
         judged = judge(claim, results)
         plot(claim, judged).savefig(folder / f"{claim.name}.png", dpi=120, metadata=digest)
     plot_costs(judge_costs(records, setting)).savefig(folder / f"{COSTS.name}.png", dpi=120, metadata=digest)

@@ -1,30 +1,37 @@
 """Test the papers' claims: train the grid of runs, keep every result, and write the report.
 
     python benchmarks/claims.py --data FOLDER --plan                 # what would be run, and what it costs
-    python benchmarks/claims.py --data FOLDER --hours 2              # go on where the last call stopped
+    python benchmarks/claims.py --data FOLDER --minutes 120          # go on where the last call stopped
+    python benchmarks/claims.py --data FOLDER --scale gpu --minutes 8 --only C0 C7
     python benchmarks/claims.py --data FOLDER --only C1 --seeds 10 11 12 13 14
     python benchmarks/claims.py --data FOLDER --only C1 --class-sets "stl10:64:test" --output build/stl10
     python benchmarks/claims.py --smoke                              # all of it, tiny: shows that it runs
 
-FOLDER holds `cifar10/`, `tiny-imagenet/` and `flickr8k/`, each with `train.tar` (or `.tar.gz`) and the splits that
-are evaluated, as WebDataset shards (`KEY.jpg`, `KEY.txt`, `KEY.cls`; with several captions, `KEY.json`), and a
-`meta.json` or `classnames.txt` that names the classes. Any other labelled set takes the same form.
+FOLDER holds a folder for each set that the chosen claims need (`cifar10/`, `tiny-imagenet/`, `fashion/`, `eurosat/`,
+`flickr8k/`, `rsicd/`), each with `train.tar` (or `.tar.gz`) and the splits that are evaluated, as WebDataset shards
+(`KEY.jpg`, `KEY.txt`, `KEY.cls`; with several captions, `KEY.json`), and a `meta.json` or `classnames.txt` that names
+the classes. Any other labelled set takes the same form.
 
 A run's result is in `claims.jsonl` as soon as it has ended, and the file is whole at any time; a run that is in it is
-not repeated. docs/claims-rule.md has the rule, docs/claims.md what came out.
+not repeated, so that another call, on another machine too, goes on from it. docs/claims-rule.md has the rule,
+docs/claims.md what came out.
 """
 
+import contextlib
 import datetime
 import functools
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import unittest.mock
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -32,7 +39,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from claim_costs import measure_costs
-from claim_plan import SCENES, Claim, DataSet, Run, Setting, claims, full_setting, plan, smoke_setting, work
+from claim_design import SCENES, Claim, DataSet, Run, Setting, full_setting, smoke_setting
+from claim_plan import claims, plan, work
 from claim_records import (
     DEFAULT_SPEED,
     Record,
@@ -40,6 +48,7 @@ from claim_records import (
     costs_of,
     pending,
     read,
+    results_by_run,
     training_keys,
     write,
 )
@@ -58,11 +67,13 @@ class Config:
 
     Args:
         data: folder with the data sets.
-        only: names of claims: C1, C2, C3, C4, C5, C6a, C6b, C6, border; all if none is named.
-        seeds: of the runs. The rule asks for five.
-        class_sets: labelled data in place of CIFAR-10 and Tiny-ImageNet: `NAME:SIZE:SPLIT[,SPLIT...]`, the side of its
+        only: names of claims as --plan lists them, or what several names begin with: "C7" takes all of its parts; all
+            claims if none is named.
+        seeds: of the runs. The rule asks for five. What is chosen before a comparison has seeds of its own.
+        class_sets: labelled data in place of the four of the rule: `NAME:SIZE:SPLIT[,SPLIT...]`, the side of its
             images in pixels, and the splits to evaluate.
-        hours: start no run after so many.
+        scale: "cpu" for the recipe of docs/claims-rule.md, "gpu" for a larger one that one GPU trains in two minutes.
+        minutes: begin no run that would end later, as far as the runs before it tell.
         workers: runs at a time; by default one per core on a CPU, with one thread each, and one on a GPU.
         plan: print the runs and what they cost, and stop.
         smoke: everything in tiny, on generated data and two seeds.
@@ -73,12 +84,12 @@ class Config:
     only: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     class_sets: tuple[str, ...] = ()
-    hours: float | None = None
+    scale: Literal["cpu", "gpu"] = "cpu"
+    minutes: float | None = None
     workers: int | None = None
     plan: bool = False
     smoke: bool = False
     output: Path = Path("build/claims")
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main(config: Config) -> None:
@@ -91,7 +102,9 @@ def main(config: Config) -> None:
     if config.data is None:
         raise UserError("--data is missing: the folder with the data sets (or --smoke, which needs none)")
     class_sets = tuple(_parse(text) for text in config.class_sets)
-    setting = full_setting(config.device, *([class_sets] if class_sets else []))
+    if config.scale == "gpu" and not config.plan and not torch.cuda.is_available():
+        raise UserError("scale: gpu needs a GPU, and torch sees none here; cpu is the other one")
+    setting = full_setting(config.scale, *([class_sets] if class_sets else []))
     _run(config, setting, config.data, config.seeds)
 
 
@@ -104,28 +117,15 @@ def _parse(text: str) -> DataSet:
 
 
 def _run(config: Config, setting: Setting, folder: Path, seeds: Sequence[int]) -> None:
-    wanted = claims(setting)
-    known = [*(claim.name for claim in wanted), COSTS]
-    for name in config.only:
-        if name not in known:
-            raise UserError(f"only must be of {', '.join(known)}, got {name!r}")
-    if config.only:
-        wanted = [claim for claim in wanted if claim.name in config.only]
     file = config.output / "claims.jsonl"
     records = read(file)
     if config.plan:
-        print(describe(wanted, setting, seeds, records))
+        print(describe(_wanted(config, setting, records), setting, seeds, records))
         return
-    needed = pending(plan(wanted, seeds), setting, records)
-    for name in {run.data for run in needed} - {SCENES}:
-        for split in ("train", *setting.data_set(name).splits):
-            try:
-                shard(folder, name, split)
-            except FileNotFoundError as error:
-                raise UserError(f"data: {error}") from error
+    _wanted(config, setting, records)
     config.output.mkdir(parents=True, exist_ok=True)
     commit = git_commit()  # before this program changes a file
-    if not config.only or COSTS in config.only:
+    if _asked_for(config, COSTS):
         for name, recipe in setting.cost_models.items():
             if costs_of(records, name, setting) is None:
                 print(f"measuring the costs of {name}", flush=True)
@@ -133,45 +133,103 @@ def _run(config: Config, setting: Setting, folder: Path, seeds: Sequence[int]) -
                 costs = measure_costs(recipe, setting.cost_rounds)
                 records.append(costs_keys(name, setting) | costs | circumstances(commit, recipe.device, started))
                 write(file, records)
-    train_all(config, setting, folder, needed, records, file, commit)
+    until = time.monotonic() + 60 * config.minutes if config.minutes is not None else math.inf
+    with _pool(config, setting) as pool:
+        # A claim whose settings are chosen by runs has its rows only when these have ended.
+        while needed := pending(plan(_wanted(config, setting, records), seeds), setting, records):
+            _check_data(folder, needed, setting)
+            if not train_all(pool, setting, folder, needed, records, file, commit, until):
+                print("not all of the runs are done: call the same once more to go on")
+                break
     save_report(records, setting, config.output)
     print(f"left in {config.output}: {', '.join(sorted(path.name for path in config.output.iterdir()))}")
 
 
+def _wanted(config: Config, setting: Setting, records: Sequence[Record]) -> list[Claim]:
+    known = claims(setting, results_by_run(records, setting))
+    names = [*(claim.name for claim in known), COSTS]
+    for name in config.only:
+        if not any(_belongs(own, name) for own in names):
+            raise UserError(f"only must be of {', '.join(names)}, got {name!r}")
+    return [claim for claim in known if _asked_for(config, claim.name)]
+
+
+def _asked_for(config: Config, claim: str) -> bool:
+    return not config.only or any(_belongs(claim, name) for name in config.only)
+
+
+def _belongs(claim: str, name: str) -> bool:
+    """`C7` takes `C7 retrieval` too, and C6 not C6a."""
+    return claim == name or claim.startswith(f"{name} ")
+
+
+def _check_data(folder: Path, needed: Iterable[Run], setting: Setting) -> None:
+    for name in {run.data for run in needed} - {SCENES}:
+        for split in ("train", *setting.data_set(name).splits):
+            try:
+                shard(folder, name, split)
+            except FileNotFoundError as error:
+                raise UserError(f"data: {error}") from error
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Processes that train one run at a time each."""
+
+    executor: ProcessPoolExecutor
+    size: int
+
+
+@contextlib.contextmanager
+def _pool(config: Config, setting: Setting) -> Iterator[Pool]:
+    on_cpu = setting.recipe.device == "cpu"
+    size = config.workers or (os.cpu_count() or 1 if on_cpu else 1)
+    quiet = {"TQDM_DISABLE": "1"}  # of the workers: there is one bar for all runs
+    initializer = functools.partial(torch.set_num_threads, 1) if on_cpu else None
+    with (
+        unittest.mock.patch.dict(os.environ, quiet),
+        ProcessPoolExecutor(size, get_context("spawn"), initializer) as executor,
+    ):
+        yield Pool(executor, size)
+
+
 def train_all(
-    config: Config,
+    pool: Pool,
     setting: Setting,
     folder: Path,
     needed: dict[Run, set[str]],
     records: list[Record],
     file: Path,
     commit: str | None,
-) -> None:
-    """Train what is needed, several runs at a time, and write every result when it is there."""
-    until = time.monotonic() + 3600 * config.hours if config.hours is not None else float("inf")
-    on_cpu = setting.recipe.device == "cpu"
-    workers = config.workers or (os.cpu_count() or 1 if on_cpu else 1)
-    os.environ["TQDM_DISABLE"] = "1"  # of the workers: there is one bar for all runs
-    waiting, running = iter(needed.items()), dict[Future[Record], Run]()
+    until: float,
+) -> bool:
+    """Train what is needed, several runs at a time, and write every result when it is there.
+
+    Returns:
+        Whether there was time for all of it.
+    """
+    waiting, running = list(needed.items()), dict[Future[Record], Run]()
     layout = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"
     total = sum(work(run, setting) for run in needed)
-    pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), functools.partial(torch.set_num_threads, 1) if on_cpu else None
-    )
-    with pool, tqdm(total=total, bar_format=layout, smoothing=0, file=sys.stdout, disable=False) as bar:
+    pace = 0.0  # seconds per operation of the slowest run so far
+    with tqdm(total=total, bar_format=layout, smoothing=0, file=sys.stdout, disable=False) as bar:
         ended = 0
         while True:
-            while len(running) < workers and time.monotonic() < until and (next_run := next(waiting, None)):
-                run, figures = next_run
-                running[pool.submit(record_of, run, figures, setting, folder, commit)] = run
+            while len(running) < pool.size and waiting:
+                run, figures = waiting[0]
+                if time.monotonic() + pace * work(run, setting) > until:
+                    break
+                running[pool.executor.submit(record_of, run, figures, setting, folder, commit)] = run
+                del waiting[0]
             if not running:
-                break
+                return not waiting
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 run = running.pop(future)
                 records.append(future.result())
                 write(file, records)
                 ended += 1
+                pace = max(pace, records[-1]["seconds"] / work(run, setting))
                 bar.update(min(work(run, setting), total - bar.n))
                 bar.set_postfix_str(f"{ended} of {len(needed)} runs, the last one {run}")
 
@@ -179,8 +237,9 @@ def train_all(
 def record_of(run: Run, figures: set[str], setting: Setting, folder: Path, commit: str | None) -> Record:
     """Train, in a worker."""
     started = time.monotonic()
-    results = train_and_evaluate(run, figures, setting, folder)
-    return training_keys(run, setting) | {"results": results} | circumstances(commit, setting.recipe.device, started)
+    outcome = train_and_evaluate(run, figures, setting, folder)
+    found = {"results": outcome.figures} | ({"curve": outcome.curve} if outcome.curve else {})
+    return training_keys(run, setting) | found | circumstances(commit, setting.recipe.device, started)
 
 
 def circumstances(commit: str | None, device: str, started: float) -> Record:
@@ -204,7 +263,8 @@ def describe(wanted: Sequence[Claim], setting: Setting, seeds: Sequence[int], re
         hours = sum(work(run, setting) for run in left) / speed(records, setting) / 3600
         rows.append([claim.name, claim.title, len(added), len(left), hours])
     table = pd.DataFrame(rows, columns=["claim", "about", "runs", "left", "hours left"])
-    table.loc[len(table)] = ["all", "with one core per run", *table[["runs", "left", "hours left"]].sum()]
+    after = "with one core per run; claims whose settings are chosen first grow when they are"
+    table.loc[len(table)] = ["all", after, *table[["runs", "left", "hours left"]].sum()]
     text: str = table.astype({"runs": int, "left": int}).to_markdown(index=False, floatfmt=".1f")
     return text
 

@@ -90,6 +90,9 @@ class Config:
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
 
+TrainStep = Callable[..., Tensor]  # with the arguments and the result of `clip_step.train_step`
+
+
 class CLIP(nn.Module):
     """An image tower and a text tower with the interface of open_clip's models."""
 
@@ -149,23 +152,26 @@ def train(
     seed: int,
     label: str,
     curve_data: CaptionedImages | None = None,
+    curve_steps: int | None = None,
     score: Score = TOP1,
     advance: Callable[[int], object] | None = None,
+    step_on: TrainStep = train_step,
 ) -> list[dict[str, float]]:
     """Train for `epochs` passes over `data`, whose order depends on `seed` alone.
 
     Args:
         label: of the progress bar.
-        curve_data: evaluated, as whole images, after every pass.
+        curve_data: evaluated, as whole images, after every `curve_steps` (by default every pass), and at the end.
         score: of `curve_data`.
         advance: told after every step how many images it took, in place of a progress bar.
+        step_on: what makes a step of a batch.
 
     Returns:
         One record per step: `samples` seen so far, `loss`, `images_per_second` of the step (loading not counted), and
         `score` where `curve_data` was evaluated.
     """
     loader = torch.utils.data.DataLoader(
-        data,
+        _Rows(len(data)),
         batch_size=config.batch_size,
         shuffle=True,
         drop_last=True,
@@ -178,24 +184,27 @@ def train(
     optimizer = make_optimizer(model.parameters(), lr=lr, weight_decay=config.weight_decay)
     num_warmup = max(1, round(config.warmup * num_steps))
     contrastive_loss = open_clip.loss.ClipLoss()
-    tokenize = tokenizer(config.context_length)
+    all_images = data.images.to(config.device)
+    all_tokens = tokenizer(config.context_length)(data.captions).to(config.device)
+    curve_steps = curve_steps or len(loader)
     records = []
     total, hidden = num_steps * config.batch_size, None if advance is None else True
     with tqdm(total=total, desc=label, unit=" images", unit_scale=True, file=sys.stdout, disable=hidden) as bar:
-        for step, (images, captions) in enumerate(_batches(loader, num_steps), start=1):
+        for step, rows in enumerate(_batches(loader, num_steps), start=1):
             model.train()
-            pixels, tokens = to_floats(images, config.device), tokenize(captions).to(config.device)
+            on_device = rows.to(config.device)
+            pixels, tokens = to_floats(all_images[on_device], config.device), all_tokens[on_device]
             set_learning_rate(optimizer, learning_rate(step - 1, num_steps=num_steps, num_warmup=num_warmup, peak=lr))
             started = now(config.device)
             precision = autocast(config.precision, config.device)
-            loss = train_step(model, pixels, tokens, contrastive_loss, optimizer, precision).item()
+            loss = step_on(model, pixels, tokens, contrastive_loss, optimizer, precision).item()
             seconds = now(config.device) - started
             record = {
                 "samples": step * config.batch_size,
                 "loss": loss,
                 "images_per_second": config.batch_size / seconds,
             }
-            if curve_data is not None and (step % len(loader) == 0 or step == num_steps):
+            if curve_data is not None and (step % curve_steps == 0 or step == num_steps):
                 record["score"] = score.of(make_encoder(model, config), curve_data)
             records.append(record)
             if advance is not None:
@@ -203,6 +212,19 @@ def train(
             bar.update(config.batch_size)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
     return records
+
+
+class _Rows(torch.utils.data.Dataset[Any]):
+    """The numbers of all images; a batch of them is a tensor."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows)
 
 
 def _batches(loader: Any, num_steps: int) -> Iterator[Any]:
@@ -226,8 +248,10 @@ def pretrain_and_tune(
     tuning_data: CaptionedImages | None = None,
     label: str = "",
     curve_data: CaptionedImages | None = None,
+    curve_steps: int | None = None,
     score: Score = TOP1,
     advance: Callable[[int, bool], object] | None = None,
+    step_on: TrainStep = train_step,
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """The papers' protocol: train on few tokens, evaluate, tune for a short while on all tokens, evaluate again.
 
@@ -236,20 +260,30 @@ def pretrain_and_tune(
             the training, `"after tuning"` after the tuning, if there is one.
         reveal: called between the first two; makes the model train on whole images from then on.
         tuning_data: if it differs from `data`, as for a model that was trained on smaller images.
-        curve_data, score: see `train`.
+        curve_data, curve_steps, score: see `train`.
         advance: likewise, with True as the second argument in the tuning.
+        step_on: likewise, of the training alone.
 
     Returns:
         The records of `train`, of the training and of the tuning.
     """
     encoder = make_encoder(model, config)
-    curve: dict[str, Any] = {"curve_data": curve_data, "score": score}
+    curve: dict[str, Any] = {"curve_data": curve_data, "curve_steps": curve_steps, "score": score}
 
     def told(tuning: bool) -> Any:
         return None if advance is None else lambda images: advance(images, tuning)
 
     training = train(
-        model, data, config, epochs=config.epochs, lr=config.lr, seed=seed, label=label, advance=told(False), **curve
+        model,
+        data,
+        config,
+        epochs=config.epochs,
+        lr=config.lr,
+        seed=seed,
+        label=label,
+        advance=told(False),
+        step_on=step_on,
+        **curve,
     )
     evaluate("masked inference", encoder)
     reveal()
