@@ -1,12 +1,13 @@
 """Claim C2: images per second and memory of a training step with a mask, in turns with the step without one."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import open_clip
 import torch
 from arithmetic import Tower, clip_ceiling
-from claim_design import RATIOS, SIGMA
+from claim_design import RATIO, RATIOS, SIGMA
 from clip_step import autocast, make_drop, make_optimizer, train_step
 from clip_training import Config as Recipe
 from clip_training import build_model, tokenizer
@@ -17,10 +18,15 @@ import gaussmask
 from gaussmask.functional import num_kept_patches
 
 BASELINE = "clip"
+CONTENDERS = tuple((method, ratio) for ratio in RATIOS for method in ("flip", "glip"))
+CURVE_COSTS = "the curves of C0"  # a measurement of its own, of that claim's methods
+CURVE_CONTENDERS = tuple((method, RATIO) for method in ("flip", "glip", "cluster"))
 
 
-def measure_costs(recipe: Recipe, rounds: int, seed: int = 0) -> dict[str, Any]:
-    """Every method at every ratio, with one model, one optimizer and one batch, so that only the drop changes.
+def measure_costs(
+    recipe: Recipe, rounds: int, contenders: Sequence[tuple[str, float]] = CONTENDERS, seed: int = 0
+) -> dict[str, Any]:
+    """Methods at ratios, with one model, one optimizer and one batch, so that only the drop changes.
 
     Returns:
         By contender (`clip`, `flip 0.75`, `glip 0.75`, ...): `milliseconds` of a step, one per round; `peak_mib` above
@@ -45,24 +51,23 @@ def measure_costs(recipe: Recipe, rounds: int, seed: int = 0) -> dict[str, Any]:
     patches = (recipe.image_size // recipe.patch_size) ** 2
     image = Tower(1 + patches, recipe.width, recipe.depth, patches, 3 * recipe.patch_size**2)
     text = Tower(recipe.context_length, recipe.width, recipe.text_depth)
-    contenders = [Contender(BASELINE, step, recipe.batch_size, functools.partial(prepare, None), {"ceiling": 1.0})]
-    for ratio in RATIOS:
+    taking_turns = [Contender(BASELINE, step, recipe.batch_size, functools.partial(prepare, None), {"ceiling": 1.0})]
+    for method, ratio in contenders:
         dropped = patches - num_kept_patches(patches, ratio)
         ceiling = {"ceiling": clip_ceiling(image, text, dropped=dropped, stage="tokens")}
-        for method in ("flip", "glip"):
-            drop = make_drop(method, ratio, sigma=SIGMA, sampling="additive")
-            contenders.append(
-                Contender(f"{method} {ratio:g}", step, recipe.batch_size, functools.partial(prepare, drop), ceiling)
-            )
+        drop = make_drop(method, ratio, sigma=SIGMA, sampling="additive")
+        taking_turns.append(
+            Contender(f"{method} {ratio:g}", step, recipe.batch_size, functools.partial(prepare, drop), ceiling)
+        )
     clock = clock_for(recipe.device)
     repeats, peaks = [], {}
-    for contender in contenders:
+    for contender in taking_turns:
         repeats.append(warm_up(contender, clock))
         peaks[contender.name] = peak_mib(contender.call, recipe.device)
-    samples = interleave(contenders, repeats, rounds, clock)
+    samples = interleave(taking_turns, repeats, rounds, clock)
     return {
         "batch": recipe.batch_size,
         "milliseconds": {name: samples[name].tolist() for name in samples},
         "peak_mib": peaks,
-        "ceiling": {contender.name: contender.facts["ceiling"] for contender in contenders},
+        "ceiling": {contender.name: contender.facts["ceiling"] for contender in taking_turns},
     }

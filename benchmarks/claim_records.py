@@ -1,7 +1,7 @@
 """The results of claims.py as a file of lines, one record per run, and what of it belongs to a setting."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,27 @@ def write(file: Path, records: Sequence[Record]) -> None:
 def results_by_run(records: Sequence[Record], setting: Setting) -> dict[Run, dict[str, float]]:
     """The figures of every training with this setting; records of other recipes and other data are left out."""
     found: dict[Run, dict[str, float]] = {}
+    for run, record in _of_setting(records, setting):
+        found.setdefault(run, {}).update(record["results"])
+    return found
+
+
+def curves_by_run(records: Sequence[Record], setting: Setting) -> dict[Run, dict[str, list[float]]]:
+    """The curves of those trainings that have one, see `claim_run.Outcome`."""
+    return {run: record["curve"] for run, record in _of_setting(records, setting) if "curve" in record}
+
+
+def _of_setting(records: Sequence[Record], setting: Setting) -> Iterator[tuple[Run, Record]]:
     for record in records:
         if record["kind"] != "training":
             continue
         run = Run(**record["run"])
+        if run.data not in setting.data_names:
+            continue
         keys = training_keys(run, setting)
         del keys["run"]  # old records have fewer fields
-        if run.data in setting.data_names and _same(record, keys):
-            found.setdefault(run, {}).update(record["results"])
-    return found
+        if _same(record, keys):
+            yield run, record
 
 
 def training_keys(run: Run, setting: Setting) -> Record:
@@ -50,7 +62,7 @@ def training_keys(run: Run, setting: Setting) -> Record:
 
 def costs_keys(model: str, setting: Setting) -> Record:
     """What makes a measurement of costs what it is."""
-    recipe = _portable(setting.cost_models[model])
+    recipe = _portable(setting.cost_models.get(model, setting.recipe))
     return {"kind": "costs", "model": model, "recipe": recipe, "rounds": setting.cost_rounds}
 
 

@@ -38,7 +38,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from claim_costs import measure_costs
+from claim_costs import CONTENDERS, CURVE_CONTENDERS, CURVE_COSTS, measure_costs
 from claim_design import SCENES, Claim, DataSet, Run, Setting, full_setting, smoke_setting
 from claim_plan import claims, plan, work
 from claim_records import (
@@ -70,6 +70,7 @@ class Config:
         only: names of claims as --plan lists them, or what several names begin with: "C7" takes all of its parts; all
             claims if none is named.
         seeds: of the runs. The rule asks for five. What is chosen before a comparison has seeds of its own.
+        sets: train on these sets only.
         class_sets: labelled data in place of the four of the rule: `NAME:SIZE:SPLIT[,SPLIT...]`, the side of its
             images in pixels, and the splits to evaluate.
         scale: "cpu" for the recipe of docs/claims-rule.md, "gpu" for a larger one that one GPU trains in two minutes.
@@ -83,6 +84,7 @@ class Config:
     data: Path | None = None
     only: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    sets: tuple[str, ...] = ()
     class_sets: tuple[str, ...] = ()
     scale: Literal["cpu", "gpu"] = "cpu"
     minutes: float | None = None
@@ -123,26 +125,35 @@ def _run(config: Config, setting: Setting, folder: Path, seeds: Sequence[int]) -
         print(describe(_wanted(config, setting, records), setting, seeds, records))
         return
     _wanted(config, setting, records)
+    for name in config.sets:
+        if name not in setting.data_names:
+            raise UserError(f"sets must be of {', '.join(sorted(setting.data_names))}, got {name!r}")
     config.output.mkdir(parents=True, exist_ok=True)
     commit = git_commit()  # before this program changes a file
+    models = {name: (recipe, CONTENDERS) for name, recipe in setting.cost_models.items()}
     if _asked_for(config, COSTS):
-        for name, recipe in setting.cost_models.items():
+        for name, (recipe, contenders) in (models | {CURVE_COSTS: (setting.recipe, CURVE_CONTENDERS)}).items():
             if costs_of(records, name, setting) is None:
                 print(f"measuring the costs of {name}", flush=True)
                 started = time.monotonic()
-                costs = measure_costs(recipe, setting.cost_rounds)
+                costs = measure_costs(recipe, setting.cost_rounds, contenders)
                 records.append(costs_keys(name, setting) | costs | circumstances(commit, recipe.device, started))
                 write(file, records)
     until = time.monotonic() + 60 * config.minutes if config.minutes is not None else math.inf
     with _pool(config, setting) as pool:
         # A claim whose settings are chosen by runs has its rows only when these have ended.
-        while needed := pending(plan(_wanted(config, setting, records), seeds), setting, records):
+        while needed := _needed(config, setting, records, seeds):
             _check_data(folder, needed, setting)
             if not train_all(pool, setting, folder, needed, records, file, commit, until):
                 print("not all of the runs are done: call the same once more to go on")
                 break
     save_report(records, setting, config.output)
     print(f"left in {config.output}: {', '.join(sorted(path.name for path in config.output.iterdir()))}")
+
+
+def _needed(config: Config, setting: Setting, records: Sequence[Record], seeds: Sequence[int]) -> dict[Run, set[str]]:
+    left = pending(plan(_wanted(config, setting, records), seeds), setting, records)
+    return {run: figures for run, figures in left.items() if not config.sets or run.data in config.sets}
 
 
 def _wanted(config: Config, setting: Setting, records: Sequence[Record]) -> list[Claim]:

@@ -1,0 +1,137 @@
+"""Claim C0 over time: when a method first stands where CLIP ends, in operations and in seconds, and the curves.
+
+records -> a curve per run -> the point where it reaches CLIP's end -> how much sooner, per seed -> an interval
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from claim_compute import long_runs, sets
+from claim_costs import BASELINE, CURVE_COSTS
+from claim_design import RATIO, Results, Run, Setting
+from claim_records import Record, costs_of, curves_by_run
+from claim_run import length_of
+from clip_intervals import Difference, difference
+from matplotlib.figure import Figure
+
+UNMASKED = "CLIP"
+UNITS = {"operations": "operations, in steps without a mask", "seconds": "seconds"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Of one run: what was spent, in both units, and the accuracy there on whole images."""
+
+    operations: Sequence[float]
+    seconds: Sequence[float] | None
+    top1: Sequence[float]
+
+    def spent_until(self, top1: float, unit: str) -> float | None:
+        """On straight lines between the points; None if it never gets there."""
+        spent: Sequence[float] = getattr(self, unit)
+        if self.top1[0] >= top1:
+            return spent[0]
+        for before, after in zip(range(len(spent)), range(1, len(spent)), strict=False):
+            if self.top1[after] >= top1:
+                share = (top1 - self.top1[before]) / (self.top1[after] - self.top1[before])
+                return spent[before] + share * (spent[after] - spent[before])
+        return None
+
+
+@dataclass(frozen=True)
+class Sooner:
+    """How many times as soon a method reaches CLIP's end; None where too few seeds get there for an interval.
+
+    Args:
+        reached: seeds that get there, of `n`.
+    """
+
+    factor: Difference | None
+    reached: int
+    n: int
+
+    def __str__(self) -> str:
+        if self.factor is None:
+            return f"{self.reached} of {self.n} seeds get there"
+        low, mean, high = (math.exp(value) for value in (self.factor.low, self.factor.mean, self.factor.high))
+        return f"{mean:.2f}× [{low:.2f}, {high:.2f}]"
+
+
+def curves(records: Sequence[Record], setting: Setting, results: Results) -> dict[str, dict[str, dict[int, Curve]]]:
+    """By set, method and seed."""
+    by_run = curves_by_run(records, setting)
+    seconds = seconds_of_a_step(records, setting)
+    found: dict[str, dict[str, dict[int, Curve]]] = {}
+    for data in sets(setting):
+        for name, run in long_runs(data, setting, results).items():
+            of_seeds = {own.seed: curve for own, curve in by_run.items() if replace(own, seed=run.seed) == run}
+            if of_seeds:
+                own_curves = {seed: _timed(curve, run, setting, seconds) for seed, curve in sorted(of_seeds.items())}
+                found.setdefault(data.name, {})[name] = own_curves
+    return found
+
+
+def seconds_of_a_step(records: Sequence[Record], setting: Setting) -> dict[str, float]:
+    """By method, medians; empty if they have not been measured."""
+    record = costs_of(records, CURVE_COSTS, setting)
+    if record is None:
+        return {}
+    return {name.split()[0]: statistics.median(times) / 1000 for name, times in record["milliseconds"].items()}
+
+
+def _timed(curve: Mapping[str, Sequence[float]], run: Run, setting: Setting, seconds: Mapping[str, float]) -> Curve:
+    """Tuning steps cost what a step of CLIP does."""
+    if not {run.method, BASELINE} <= seconds.keys():
+        return Curve(curve["operations"], None, curve["top1"])
+    steps = np.array(curve["images"]) / setting.recipe.batch_size
+    of_training = np.minimum(steps, length_of(run, setting).steps)
+    spent = of_training * seconds[run.method] + (steps - of_training) * seconds[BASELINE]
+    return Curve(curve["operations"], spent.tolist(), curve["top1"])
+
+
+def sooner(of_methods: Mapping[str, Mapping[int, Curve]], method: str, unit: str) -> Sooner | None:
+    """Of one set; None where nothing is known of the unit or of CLIP."""
+    clip, own = of_methods.get(UNMASKED, {}), of_methods.get(method, {})
+    seeds = sorted(clip.keys() & own.keys())
+    if not seeds or any(getattr(curve, unit) is None for curve in (*clip.values(), *own.values())):
+        return None
+    logarithms = []
+    for seed in seeds:
+        spent = own[seed].spent_until(clip[seed].top1[-1], unit)
+        if spent is not None:
+            logarithms.append(math.log(getattr(clip[seed], unit)[-1] / spent))
+    enough = len(logarithms) == len(seeds) > 1
+    return Sooner(difference(logarithms) if enough else None, len(logarithms), len(seeds))
+
+
+def plot_curves(found: Mapping[str, Mapping[str, Mapping[int, Curve]]]) -> Figure:
+    """Accuracy over operations and over seconds: a thin line per seed, a thick one for their mean."""
+    units = [unit for unit in UNITS if any(_known(found, unit))]
+    figure = Figure(figsize=(3.4 * max(1, len(found)), 2.9 * max(1, len(units))), layout="constrained")
+    axes = figure.subplots(max(1, len(units)), max(1, len(found)), squeeze=False)
+    for row, unit in zip(axes, units, strict=False):
+        for axis, (data, methods) in zip(row, found.items(), strict=True):
+            for number, (name, of_seeds) in enumerate(methods.items()):
+                _draw(axis, list(of_seeds.values()), unit, f"C{number}", name)
+            axis.set(xlabel=UNITS[unit], title=data)
+        row[0].set_ylabel("zero-shot top-1, whole images (%)")
+    if found:
+        axes[0, 0].legend(fontsize="small")
+    return figure
+
+
+def _known(found: Mapping[str, Mapping[str, Mapping[int, Curve]]], unit: str) -> list[bool]:
+    every = [curve for methods in found.values() for of_seeds in methods.values() for curve in of_seeds.values()]
+    return [getattr(curve, unit) is not None for curve in every]
+
+
+def _draw(axis: Any, of_seeds: Sequence[Curve], unit: str, color: str, name: str) -> None:
+    for curve in of_seeds:
+        axis.plot(getattr(curve, unit), curve.top1, color=color, linewidth=0.5, alpha=0.5)
+    mean = np.mean([curve.top1 for curve in of_seeds], axis=0)
+    label = name if name == UNMASKED else f"{name}, {RATIO:.0%} dropped"
+    axis.plot(getattr(of_seeds[0], unit), mean, color=color, linewidth=2, label=label)
