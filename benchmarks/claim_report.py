@@ -1,6 +1,6 @@
 """From claims.jsonl to verdicts, tables and plots.
 
-    python benchmarks/claim_report.py                 # docs/claims.md, README.md and the plots, from benchmarks/results
+    python benchmarks/claim_report.py                 # docs/, README.md and the plots, from benchmarks/results
     python benchmarks/claim_report.py --records build/claims/claims.jsonl --output build/claims
 
 The first puts its texts between `<!-- results: NAME -->` and `<!-- end -->` of the pages. The second writes a page of
@@ -13,7 +13,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -21,43 +21,25 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from claim_compute import CHOICE_SEEDS as RATE_SEEDS
 from claim_costs import BASELINE
-from claim_design import RATIO, RATIOS, Claim, Results, Row, Setting, full_setting
-from claim_masks import CHOICE_SEEDS as CLUSTER_SEEDS
-from claim_masks import CONFIRMING_SEEDS
+from claim_curves import curves, plot_curves
+from claim_design import RATIO, RATIOS, Claim, Setting, full_setting
+from claim_judge import Judged, interval, judge, name_of
 from claim_plan import claims
+from claim_reader import compute_table, first_numbers, which_sentence, which_table
 from claim_records import Record, costs_of, read, results_by_run
 from claim_statistics import CONTRADICTED, NOT_ENOUGH, SHOWN, combined, verdict
-from clip_intervals import CONFIDENCE, Difference, difference
+from clip_intervals import Difference, difference
 from report import fill, markdown
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "claims.jsonl"
-PAGES = (ROOT / "docs" / "claims.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "claims.md", ROOT / "docs" / "claims-details.md", ROOT / "README.md")
 PLOTS = ROOT / "docs" / "claims"
 COSTS = Claim("C2", "It costs no more than FLIP", [], ("GLIP", "FLIP"))
+BY_RULE = ("C7", "C7 ratios")  # claims whose rows are every mask on every set
+CURVES = "C0 curves"
 SPEED_MARGIN, MEMORY_LIMIT = math.log(0.97), 1.03
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A row with what came out.
-
-    Args:
-        sides: mean figures of the two runs of the pairs, over those seeds that have both.
-        found: None without a seed that has both.
-        passes: how often a training image was seen.
-    """
-
-    row: Row
-    sides: tuple[float, float] | None = None
-    found: Difference | None = None
-    passes: float | None = None
-
-    @property
-    def verdict(self) -> str:
-        return verdict(self.found, self.row.margin)
 
 
 def main(records: Path = RECORDS, output: Path | None = None) -> None:
@@ -82,22 +64,25 @@ def main(records: Path = RECORDS, output: Path | None = None) -> None:
 def save_report(records: Sequence[Record], setting: Setting, folder: Path) -> None:
     """Write claims.md, a page with everything, and the plots."""
     texts = all_texts(records, setting)
-    parts = [f"# The papers' claims\n\n{texts['claims-summary']}\n\n{texts['claims-origin']}"]
-    for claim in (*claims(setting, results_by_run(records, setting)), COSTS):
-        parts.append(f"## {claim.name}: {claim.title}\n\n![{claim.name}]({claim.name}.png)\n\n{texts[key(claim)]}")
+    heads = ("claims-summary", "claims-which", "claims-compute", "claims-origin")
+    parts = ["\n\n".join(["# The claims", *(texts[name] for name in heads)])]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "claims.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     save_plots(records, setting, folder)
+    for claim in (*claims(setting, results_by_run(records, setting)), COSTS):
+        name = claim.name.replace(" ", "-")
+        picture = f"![{claim.name}]({name}.png)\n\n" if (folder / f"{name}.png").is_file() else ""
+        parts.append(f"## {claim.name}: {claim.title}\n\n{picture}{texts[key(claim)]}")
+    (folder / "claims.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def key(claim: Claim) -> str:
     """The name of a claim's text."""
-    return f"claims-{claim.name}"
+    return f"claims-{claim.name.replace(' ', '-')}"
 
 
 def all_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
-    """By name: a text for every claim, `claims-summary`, `claims-origin`, and those of the README: `claims-line` and
-    `claims-tuned`.
+    """By name: a text for every claim; `claims-which`, `claims-compute` and `claims-summary` of the page for readers;
+    `which-mask` and `first-numbers` of the README; and `claims-origin`.
     """
     results = results_by_run(records, setting)
     every = claims(setting, results)
@@ -108,52 +93,26 @@ def all_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
     summary = {claim.name: summary_row(claim, judged[claim.name]) for claim in decided}
     summary[COSTS.name] = costs_summary_row(records, setting)
     texts["claims-summary"] = markdown(pd.DataFrame([summary[name] for name in sorted(summary)]))
-    texts["claims-line"] = "; ".join(f"{row['claim']}: {row['verdict']}" for _, row in sorted(summary.items())) + "."
-    texts["claims-tuned"] = tuned_table(judged["C1"])
+    texts["claims-which"] = which_table([*judged["C7"], *judged["C7 ratios"]])
+    texts["which-mask"] = which_sentence(judged["C7"])
+    compute = next(claim for claim in every if claim.name == "C0")
+    texts["claims-compute"] = compute_table(compute, judged["C0"], curves(records, setting, results))
+    texts["first-numbers"] = first_numbers(judged["C0"])
     texts["claims-origin"] = origin(records)
     return texts
 
 
-def judge(claim: Claim, results: Results) -> list[Judged]:
-    """Every row of a claim, on the claim's own seeds, or on all those that no claim has for itself."""
-    of_others = {*CLUSTER_SEEDS, *CONFIRMING_SEEDS, *RATE_SEEDS}
-    seeds = claim.seeds or sorted({run.seed for run in results} - of_others)
-    return [_judge(row, results, seeds) for row in claim.rows]
-
-
-def _judge(row: Row, results: Results, seeds: Sequence[int]) -> Judged:
-    firsts, seconds = [], []
-    for seed in seeds:
-        first, second = (_mean_figure(row, side, seed, results) for side in (0, 1))
-        if first is not None and second is not None:
-            firsts.append(first)
-            seconds.append(second)
-    if not firsts:
-        return Judged(row)
-    sides = (sum(firsts) / len(firsts), sum(seconds) / len(seconds))
-    passes = next(known["passes"] for run, known in results.items() if replace(run, seed=0) == row.pairs[0][0])
-    confidence = 1 - (1 - CONFIDENCE) / row.comparisons
-    found = difference([a - b for a, b in zip(firsts, seconds, strict=True)], confidence)
-    return Judged(row, sides, found, passes)
-
-
-def _mean_figure(row: Row, side: int, seed: int, results: Results) -> float | None:
-    """Over pairs and figures, of one side of the pairs; None if one of them is missing."""
-    values = []
-    for pair in row.pairs:
-        known = results.get(replace(pair[side], seed=seed), {})
-        values += [known.get(figure) for figure in row.figures]
-    complete = [value for value in values if value is not None]
-    return sum(complete) / len(values) if len(complete) == len(values) else None
-
-
 def claim_text(claim: Claim, judged: Sequence[Judged]) -> str:
     """The verdict, if the claim has primary rows, and the table."""
+    if not any(row.found for row in judged):
+        return "Not run yet."
+    if claim.name in BY_RULE:
+        return "\n\n".join(f"*{stage}*\n\n{which_table(judged, stage)}" for stage in ("tuned", "unmasked", "masked"))
     table = markdown(pd.DataFrame([_cells(claim, row) for row in judged]))
     primary = [row for row in judged if row.row.primary]
     if not primary:
         return table
-    rows = "; ".join(f"{_name(row.row)}: {interval(row.found)}, {row.verdict}" for row in primary)
+    rows = "; ".join(f"{name_of(row.row)}: {interval(row.found)}, {row.verdict}" for row in primary)
     return f"**{claim.name} is {_said(combined(row.verdict for row in primary))}.** {rows}.\n\n{table}"
 
 
@@ -167,51 +126,23 @@ def _cells(claim: Claim, judged: Judged) -> dict[str, str]:
     mark = "**" if row.primary else ""
     margin = f" (above {row.margin:g})" if row.margin else ""
     return {
+        "verdict": f"{mark}{judged.verdict}{margin}{mark}",
         **row.labels,
         **({"each image seen": "–" if judged.passes is None else f"{judged.passes:.3g}×"} if claim.passes else {}),
         **dict(zip(claim.sides, sides, strict=True)),
         "difference (95 %)": interval(judged.found),
         "n": str(judged.found.n if judged.found else 0),
-        "verdict": f"{mark}{judged.verdict}{margin}{mark}",
     }
-
-
-def _name(row: Row) -> str:
-    return ", ".join(row.labels.values())
-
-
-def interval(found: Difference | None, digits: int = 2) -> str:
-    """As text, with a sign; points."""
-    if found is None:
-        return "–"
-    middle, low, high = (f"{value:+.{digits}f}" for value in (found.mean, found.low, found.high))
-    return middle if found.n == 1 else f"{middle} [{low}, {high}]"
 
 
 def summary_row(claim: Claim, judged: Sequence[Judged]) -> dict[str, str]:
     primary = [row for row in judged if row.row.primary]
-    said = "; ".join(f"{_name(row.row)}: {interval(row.found)}" for row in primary)
+    said = "; ".join(f"{name_of(row.row)}: {interval(row.found)}" for row in primary)
     return {
-        "claim": f"{claim.name} {claim.title[0].lower()}{claim.title[1:]}",
         "verdict": f"**{combined(row.verdict for row in primary)}**",
+        "claim": f"{claim.name} {claim.title[0].lower()}{claim.title[1:]}",
         "primary rows: difference in points (95 %)": said,
     }
-
-
-def tuned_table(c1: Sequence[Judged]) -> str:
-    """FLIP against GLIP in short: zero-shot top-1 after the tuning."""
-    rows = [
-        {
-            "data": row.row.labels["data"],
-            "dropped": row.row.labels["ratio"],
-            **dict(zip(("GLIP", "FLIP"), [f"{value:.1f}" for value in row.sides or ()] or ["–", "–"], strict=True)),
-            "GLIP − FLIP (95 %)": interval(row.found, 1),
-            "seeds": str(row.found.n if row.found else 0),
-        }
-        for row in c1
-        if row.row.labels["stage"] == "tuned" and row.row.labels["ratio"] != "mean"
-    ]
-    return markdown(pd.DataFrame(rows))
 
 
 @dataclass(frozen=True)
@@ -268,6 +199,7 @@ def costs_text(records: Sequence[Record], setting: Setting) -> str:
         return "Not measured."
     cells = [
         {
+            "verdict": f"**{cost.verdict}**" if cost.mask_ratio == RATIO else cost.verdict,
             "model": f"{cost.model}, batch {cost.batch}",
             "ratio": f"{cost.mask_ratio:g}",
             "images/s, GLIP / FLIP (95 %)": times(cost.speed),
@@ -276,7 +208,6 @@ def costs_text(records: Sequence[Record], setting: Setting) -> str:
             "of GLIP": times(cost.speed_ups[1], 2),
             "ceiling": f"{cost.ceiling:.2f}",
             "n": str(cost.speed.n),
-            "verdict": f"**{cost.verdict}**" if cost.mask_ratio == RATIO else cost.verdict,
         }
         for cost in costs
     ]
@@ -290,8 +221,8 @@ def costs_summary_row(records: Sequence[Record], setting: Setting) -> dict[str, 
     primary = [cost for cost in judge_costs(records, setting) if cost.mask_ratio == RATIO]
     said = "; ".join(f"{cost.model}: {times(cost.speed)} of FLIP's images/s" for cost in primary)
     return {
-        "claim": f"{COSTS.name} {COSTS.title[0].lower()}{COSTS.title[1:]}",
         "verdict": f"**{combined(cost.verdict for cost in primary)}**",
+        "claim": f"{COSTS.name} {COSTS.title[0].lower()}{COSTS.title[1:]}",
         "primary rows: difference in points (95 %)": said,
     }
 
@@ -319,13 +250,19 @@ def origin(records: Sequence[Record]) -> str:
 
 
 def save_plots(records: Sequence[Record], setting: Setting, folder: Path) -> None:
-    """A plot for every claim, which carries the digest of what it shows."""
-    digest = {"Records": records_digest(records)}
+    """A plot for every claim that has results, which carries the digest of what it shows."""
     results = results_by_run(records, setting)
+    figures = {}
     for claim in claims(setting, results):
         judged = judge(claim, results)
-        plot(claim, judged).savefig(folder / f"{claim.name}.png", dpi=120, metadata=digest)
-    plot_costs(judge_costs(records, setting)).savefig(folder / f"{COSTS.name}.png", dpi=120, metadata=digest)
+        if any(row.found for row in judged):
+            figures[claim.name] = plot_by_rule(claim, judged) if claim.name in BY_RULE else plot(claim, judged)
+    if found := curves(records, setting, results):
+        figures[CURVES] = plot_curves(found)
+    figures[COSTS.name] = plot_costs(judge_costs(records, setting))
+    for name, figure in figures.items():
+        metadata = {"Records": records_digest(records)}
+        figure.savefig(folder / f"{name.replace(' ', '-')}.png", dpi=120, metadata=metadata)
 
 
 def records_digest(records: Sequence[Record]) -> str:
@@ -347,10 +284,32 @@ def plot(claim: Claim, judged: Sequence[Judged]) -> Figure:
         axes.errorbar(row.found.mean, place, xerr=spread, fmt="o", color=color, markerfacecolor=face, capsize=2)
     for margin in {0.0, *(row.row.margin for row in judged)}:
         axes.axvline(margin, color="black", linewidth=0.8, linestyle="-" if margin == 0 else ":")
-    axes.set_yticks(range(len(judged)), [_name(row.row) for row in judged], fontsize="small")
+    axes.set_yticks(range(len(judged)), [name_of(row.row) for row in judged], fontsize="small")
     axes.invert_yaxis()
     axes.set_xlabel(f"{claim.sides[0]} − {claim.sides[1]}, points (95 % interval over seeds)")
     axes.set_title(f"{claim.name}: {claim.title}", fontsize="medium")
+    return figure
+
+
+def plot_by_rule(claim: Claim, judged: Sequence[Judged]) -> Figure:
+    """After the tuning: a panel for every set and ratio, a line in it for every mask."""
+    rows = [row for row in judged if row.row.labels["stage"] == "tuned" and row.found]
+    panels = list(dict.fromkeys((row.row.labels["ratio"], row.row.labels["data"]) for row in rows))
+    across = len({data for _, data in panels})
+    figure = Figure(figsize=(2.6 * across, 2.3 * math.ceil(len(panels) / across)), layout="constrained")
+    grid = figure.subplots(math.ceil(len(panels) / across), across, squeeze=False, sharey=True)
+    for axes, (ratio, data) in zip(grid.flat, panels, strict=False):
+        own = [row for row in rows if (row.row.labels["ratio"], row.row.labels["data"]) == (ratio, data)]
+        for place, row in enumerate(own):
+            if row.found is not None:
+                spread = [[row.found.mean - row.found.low], [row.found.high - row.found.mean]]
+                shown = spread if row.verdict != NOT_ENOUGH else None
+                axes.errorbar(row.found.mean, place, xerr=shown, fmt="o", color="C0" if shown else "0.6", capsize=2)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(own)), [row.row.labels["mask"] for row in own], fontsize="small")
+        axes.set_title(f"{data}, {float(ratio):.0%} dropped", fontsize="small")
+    grid[0, 0].invert_yaxis()
+    figure.supxlabel(f"{claim.sides[0]} − {claim.sides[1]}, points after the tuning", fontsize="small")
     return figure
 
 

@@ -41,7 +41,7 @@ class Outcome:
 
     Args:
         figures: every one that was asked for, and those that come with them.
-        curve: of runs with a budget: `images` seen, `operations` in steps of a model without a mask, and `top1` in
+        curve: of runs with all of the setting's budget: `images` seen, `operations` in steps of a model without a mask, and `top1` in
             percent on whole images, all at the same moments.
     """
 
@@ -132,7 +132,7 @@ def train_and_evaluate(
             masks.change(model.visual, step / length.steps)
         advance(1 / (length.steps + length.tuning_steps))
 
-    with_curve = run.budget is not None
+    with_curve = run.budget == setting.budget  # and not of the short runs by which a learning rate is chosen
     training, tuning = pretrain_and_tune(
         model,
         resize(data, start.image_size),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import gaussmask
 from gaussmask.functional import num_kept_patches
 
-LARGEST_SIGMA = 1e6  # where the Gaussian is flat
+LARGEST_SIGMA = 10.0  # where the Gaussian is as good as flat, and beyond which the drop warns
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _random_after_half(visual: nn.Module, progress: float) -> None:
 def _grow(visual: nn.Module, progress: float) -> None:
     drop = gaussmask.attached(visual)
     if isinstance(drop, gaussmask.GaussianPatchDropout):
-        drop.sigma = min(SIGMA / max(1 - progress, 1 / LARGEST_SIGMA), LARGEST_SIGMA)
+        drop.sigma = min(SIGMA / max(1 - progress, SIGMA / LARGEST_SIGMA), LARGEST_SIGMA)
 
 
 def two_views(

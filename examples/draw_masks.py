@@ -1,7 +1,7 @@
-"""Draw the picture of the README: one photo, masked by FLIP and by GLIP, and how often each patch is kept.
+"""Draw the picture of the README: one photo under the masks of every rule, a new draw in every step.
 
     python examples/draw_masks.py
-    python examples/draw_masks.py --image my.jpg --mask-ratio 0.5 --sigma 0.4 --output my_masks.png
+    python examples/draw_masks.py --image my.jpg --mask-ratio 0.5 --steps 20 --output my_masks.gif
 
 The photo of a flower is scikit-learn's sample image, by vultilion, CC BY 2.0 (flickr.com/photos/vultilion/6056698931).
 """
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor
@@ -20,39 +22,52 @@ from torchvision.transforms import v2 as transforms
 import gaussmask
 
 GRID = (14, 14)  # of a ViT-B/16 at 224 pixels
+COLORS = 128  # of the animation's palette
 
 
 def main(
-    output: Path = Path("docs/masks.png"),
+    output: Path = Path("docs/masks.gif"),
     image: Path | None = None,
     mask_ratio: float = 0.75,
     sigma: float = 0.2,
-    seed: int = 7,
+    steps: int = 12,
+    milliseconds: int = 600,
 ) -> None:
     """Draw it.
 
     Args:
-        output: the PNG to write.
+        output: the GIF to write.
         image: a picture of your own.
         mask_ratio: share of the patches that is dropped.
         sigma: variance of the Gaussian.
-        seed: of the masks.
+        steps: of the animation, with a draw of its own each.
+        milliseconds: of a step.
     """
     mpl.use("Agg")
-    torch.manual_seed(seed)
-    photo = load_photo(image)
-    figure, axes = plt.subplots(1, 4, figsize=(11, 3), layout="constrained", width_ratios=(1, 1, 1, 1.02))
-    drops = [
-        ("all patches: CLIP", None),
-        (f"random: FLIP, {mask_ratio:.0%} dropped", gaussmask.RandomPatchDropout(mask_ratio)),
-        (f"centred: GLIP, {mask_ratio:.0%} dropped", gaussmask.GaussianPatchDropout(mask_ratio, sigma)),
-    ]
-    for axis, (title, drop) in zip(axes, drops, strict=False):
-        gaussmask.plot.masked_images(photo, None if drop is None else draw_mask(drop), axes=[axis])
-        axis.set_title(title)
-    gaussmask.plot.keep_probability(GRID, mask_ratio, sigma=sigma, ax=axes[3])
-    axes[3].set_title("GLIP: how often a patch is kept")
-    figure.savefig(output, dpi=110)
+    photo = load_photo(image)[0]
+    drops = {
+        "random: FLIP": gaussmask.RandomPatchDropout(mask_ratio),
+        "Gaussian: GLIP": gaussmask.GaussianPatchDropout(mask_ratio, sigma),
+        "cluster": gaussmask.ClusterPatchDropout(mask_ratio),
+        "grid": gaussmask.GridPatchDropout(mask_ratio),
+        "block": gaussmask.BlockPatchDropout(mask_ratio),
+    }
+    frames = []
+    for seed in range(steps):
+        figure = gaussmask.plot.compare_drops(photo, drops, grid_size=GRID, seed=seed, columns=1 + len(drops))
+        frames.append(_rendered(figure))
+        plt.close(figure)
+    palette = frames[0].quantize(COLORS)
+    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    first.save(output, save_all=True, append_images=others, duration=milliseconds, loop=0, optimize=True)
+
+
+def _rendered(figure: Figure) -> Image.Image:
+    figure.set_dpi(90)
+    for axis in figure.axes:
+        axis.title.set_fontsize(13)  # the six panels are shown in the width of a page
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")  # type: ignore[attr-defined]
 
 
 def load_photo(image: Path | None = None) -> Tensor:

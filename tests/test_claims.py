@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,15 +20,27 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import claim_report
 import claim_run
 import claims
-from claim_plan import MAY_DIFFER, SCENES, DataSet, Run, flip, full_setting, glip, plan, smoke_setting, weighted
+from claim_design import SCENES, DataSet, Run, flip, full_setting, glip, smoke_setting, weighted
+from claim_masks import CHOICE_SEEDS, CONFIRMING_SEEDS
+from claim_plan import plan
 from claim_records import pending, read, results_by_run, training_keys, write
+from claim_schedules import Masks
 from claim_statistics import CONTRADICTED, NOT_ENOUGH, NOT_SHOWN, SHOWN, combined, verdict
 from clip_intervals import Difference, difference
 from user_errors import UserError
 
 SETTING = smoke_setting()
 FULL = full_setting("cpu")
-README = claim_report.ROOT / "README.md"
+PAPERS = "C1", "C6a", "C6b", "C4", "C5", "C3", "C6", "border"
+OF_A_MASK = {"method", "sigma", "sampling", "anchors", "noise", "schedule"}
+
+
+def known(setting, results=None):
+    return claims.claims(setting, results or {})
+
+
+def papers(setting):
+    return [claim for claim in known(setting) if claim.name in PAPERS]
 
 
 def record(run, setting=FULL, **results):
@@ -48,8 +62,17 @@ def folder(tmp_path_factory):
 def output(tmp_path_factory):
     """What a smoke run leaves behind."""
     output = tmp_path_factory.mktemp("claims")
-    claims.main(claims.Config(smoke=True, output=output, device="cpu"))
+    claims.main(claims.Config(smoke=True, output=output))
     return output
+
+
+def settled(setting):
+    """Results by which every choice is made."""
+    results = {}
+    for _ in range(3):  # a choice may wait for another one
+        needed = plan(known(setting, results), (0,))
+        results |= {run: dict.fromkeys(figures, 50.0) for run, figures in needed.items()}
+    return results
 
 
 class TestStatistics:
@@ -105,27 +128,32 @@ class TestStatistics:
 class TestPlan:
     @pytest.mark.parametrize("setting", [FULL, SETTING], ids=["full", "smoke"])
     def test_both_runs_of_a_pair_have_the_recipe_and_all_but_the_mask_in_common(self, setting):
-        for claim in claims.claims(setting):
+        of_masks = [claim for claim in known(setting, settled(setting)) if not claim.name.startswith("C0")]
+        assert {"C1", "C7", "C7 best"} <= {claim.name for claim in of_masks}
+        for claim in of_masks:
             for row in claim.rows:
                 for first, second in row.pairs:
                     differ = {name for name, value in asdict(first).items() if value != getattr(second, name)}
                     assert differ
-                    assert differ <= MAY_DIFFER
+                    assert differ <= OF_A_MASK
                     assert setting.recipe_of(first) == setting.recipe_of(second)
 
     def test_every_run_is_planned_once_for_every_seed_with_all_figures_that_rows_ask_for(self):
-        needed = plan(claims.claims(FULL), (3, 4))
+        needed = plan(papers(FULL), (3, 4))
         assert {run.seed for run in needed} == {3, 4}
         assert {replace(run, seed=3) for run in needed if run.seed == 4} == {run for run in needed if run.seed == 3}
         shared = needed[replace(flip("cifar10", 0.75), seed=3)]
         assert shared >= {"masked.test.top1", "tuned.test.top1", "tuned.test.probe"}
 
     def test_stopping_anywhere_leaves_whole_rows(self):
-        order = list(plan(claims.claims(FULL), range(5)))
+        every = known(FULL, settled(FULL))
+        order = list(plan(every, range(5)))
         so_far = set()
-        for row in (row for claim in claims.claims(FULL) for row in claim.rows):
-            so_far |= {replace(run, seed=seed) for pair in row.pairs for run in pair for seed in range(5)}
-            assert set(order[: len(so_far)]) == so_far
+        for claim in every:
+            for row in claim.rows:
+                seeds = claim.seeds or range(5)
+                so_far |= {replace(run, seed=seed) for pair in row.pairs for run in pair for seed in seeds}
+                assert set(order[: len(so_far)]) == so_far
 
     def test_the_rule_says_what_is_run(self):
         rule = " ".join((claim_report.ROOT / "docs" / "claims-rule.md").read_text(encoding="utf-8").split())
@@ -135,7 +163,7 @@ class TestPlan:
         assert f"{FULL.tuning_steps} steps of {recipe.batch_size} whole images" in rule
         assert f"{FULL.num_scenes:,} for training" in rule
         assert f"lr {recipe.lr:.0e}".replace("e-0", "e-") in rule
-        for claim in claims.claims(FULL):
+        for claim in known(FULL, settled(FULL)):
             if any(row.primary for row in claim.rows):
                 assert f"| {claim.name} " in rule
 
@@ -143,15 +171,16 @@ class TestPlan:
 class TestRuns:
     def test_the_masks_are_all_that_differs(self, folder, monkeypatch):
         """With the same drop for all of them, every method comes out the same."""
-        monkeypatch.setattr(claim_run, "make_drop", lambda *args, **kwargs: gaussmask.RandomPatchDropout(0.5))
+        monkeypatch.setattr(claim_run, "masks_of", lambda run: Masks(gaussmask.RandomPatchDropout(0.5)))
         runs = [flip("cifar10"), glip("cifar10"), weighted("cifar10"), glip("cifar10", sigma=0.05)]
-        found = [claim_run.train_and_evaluate(replace(run, seed=7), (), SETTING, folder) for run in runs]
+        found = [claim_run.train_and_evaluate(replace(run, seed=7), (), SETTING, folder).figures for run in runs]
         assert all(results == found[0] for results in found)
 
     def test_a_run_repeats_itself_and_seeds_differ(self, folder):
         run = glip("tiny-imagenet", 0.918)
-        once, again = (claim_run.train_and_evaluate(run, (), SETTING, folder) for _ in range(2))
-        other = claim_run.train_and_evaluate(replace(run, seed=1), (), SETTING, folder)
+        once, again, other = (
+            claim_run.train_and_evaluate(replace(run, seed=seed), (), SETTING, folder).figures for seed in (0, 0, 1)
+        )
         assert once == again
         assert once != other
         splits = SETTING.data_set("tiny-imagenet").splits
@@ -205,9 +234,9 @@ class TestRecords:
 
     def test_records_of_other_data_are_left_alone(self):
         cifar_only = full_setting("cpu", (DataSet("cifar10", 32),))
-        known = [record(flip("tiny-imagenet"), a=1.0), record(flip("cifar10"), a=2.0)]
-        assert results_by_run(known, cifar_only) == {flip("cifar10"): {"a": 2.0}}
-        assert claims.describe(claims.claims(cifar_only), cifar_only, (0,), known)
+        others = [record(flip("tiny-imagenet"), a=1.0), record(flip("cifar10"), a=2.0)]
+        assert results_by_run(others, cifar_only) == {flip("cifar10"): {"a": 2.0}}
+        assert claims.describe(claims.claims(cifar_only, {}), cifar_only, (0,), others)
 
     def test_what_is_written_is_read_and_replaces_the_file_at_once(self, tmp_path, monkeypatch):
         file, records = tmp_path / "claims.jsonl", [record(flip("cifar10"), a=1.0)]
@@ -238,7 +267,7 @@ class TestReport:
                 for seed in range(6 if side == 0 else 5):
                     run = replace(method("cifar10", ratio), seed=seed)
                     records.append(record(run, **self.figures(run, top1[at, side, seed])))
-        c1 = next(claim for claim in claims.claims(FULL) if claim.name == "C1")
+        c1 = next(claim for claim in known(FULL) if claim.name == "C1")
         judged = {tuple(row.row.labels.values()): row for row in claim_report.judge(c1, results_by_run(records, FULL))}
         mean = judged["cifar10", "tuned", "mean"]
         expected = (top1[:, 0, :5] - top1[:, 1, :5]).mean(axis=0)
@@ -278,35 +307,71 @@ class TestReport:
         for page in claim_report.PAGES:
             text = page.read_text(encoding="utf-8")
             assert text == claim_report.fill(text, texts), "run `python benchmarks/claim_report.py`"
-        for name in texts:
-            page = README if name in ("claims-line", "claims-tuned") else claim_report.PAGES[0]
-            assert f"<!-- results: {name} -->" in page.read_text(encoding="utf-8")
+        pages = "".join(page.read_text(encoding="utf-8") for page in claim_report.PAGES)
+        assert set(re.findall(r"<!-- results: (\S+) -->", pages)) == set(texts)
         digest = claim_report.records_digest(records)
-        for claim in (*claims.claims(FULL), claim_report.COSTS):
-            with Image.open(claim_report.PLOTS / f"{claim.name}.png") as plot:
-                assert plot.info["Records"] == digest, "run `python benchmarks/claim_report.py`"
+        plots = list(claim_report.PLOTS.iterdir())
+        assert {plot.stem for plot in plots} >= {*PAPERS, "C2"}
+        for plot in plots:
+            with Image.open(plot) as drawn:
+                assert drawn.info["Records"] == digest, "run `python benchmarks/claim_report.py`"
+
+    def test_seeds_that_a_choice_was_made_with_are_in_no_other_row(self):
+        run, other = flip("tiny-imagenet"), Run("tiny-imagenet", "grid", 0.75)
+        seeds = (*CHOICE_SEEDS, *CONFIRMING_SEEDS, 0, 7)
+        records = [
+            record(replace(one, seed=seed), **{"tuned.val.top1": 50.0, "passes": 1.0})
+            for one in (run, other)
+            for seed in seeds
+        ]
+        results = results_by_run(records, FULL)
+        by_name = {claim.name: claim for claim in known(FULL, results)}
+        on_rules = [row for row in claim_report.judge(by_name["C7"], results) if row.found]
+        on_choice = [row for row in claim_report.judge(by_name["C7 schedules"], results) if row.found]
+        assert [row.found.n for row in on_rules] == [2]
+        assert [row.found.n for row in on_choice] == [len(CHOICE_SEEDS)]
+
+    def test_rows_that_are_read_together_have_wider_intervals(self):
+        """Those of Bonferroni, against SciPy's t interval."""
+        rng = np.random.default_rng(3)
+        points = rng.normal(50, 2, (2, 5))
+        runs = (Run("eurosat", "grid", 0.75), flip("eurosat"))
+        records = [
+            record(replace(run, seed=seed), **{"tuned.test.top1": points[side, seed], "passes": 1.0})
+            for side, run in enumerate(runs)
+            for seed in range(5)
+        ]
+        results = results_by_run(records, FULL)
+        c7 = next(claim for claim in known(FULL, settled(FULL)) if claim.name == "C7")
+        (row,) = [row for row in claim_report.judge(c7, results) if row.found]
+        interval = stats.ttest_1samp(points[0] - points[1], 0).confidence_interval(1 - 0.05 / 6)
+        assert row.row.comparisons == 6
+        assert (row.found.low, row.found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
 
 
 class TestCommand:
     def test_smoke_runs_everything(self, output):
         left = {path.name for path in output.iterdir()}
-        names = {claim.name for claim in (*claims.claims(SETTING), claim_report.COSTS)}
-        assert left == {"claims.jsonl", "claims.md"} | {f"{name}.png" for name in names}
         records = read(output / "claims.jsonl")
-        needed = plan(claims.claims(SETTING), (0, 1))
+        every = known(SETTING, results_by_run(records, SETTING))
+        names = [*(claim.name for claim in every), "C2", "C0 curves"]
+        assert left == {"claims.jsonl", "claims.md"} | {f"{name.replace(' ', '-')}.png" for name in names}
+        needed = plan(every, (0,))
         assert not pending(needed, SETTING, records)
-        assert len(records) == len(needed) + len(SETTING.cost_models)
+        assert len(records) == len(needed) + len(SETTING.cost_models) + 1
         assert all(record.keys() >= {"seconds", "date", "machine", "versions", "commit"} for record in records)
         page = (output / "claims.md").read_text(encoding="utf-8")
         assert page.count("not enough runs") > 50
         assert "| each image seen |" in page
         assert "nan" not in page
+        assert "Not run yet" not in page
+        assert os.environ.get("TQDM_DISABLE") is None
 
     def test_a_second_call_repeats_nothing_and_goes_on_where_the_first_stopped(self, output, capsys):
         file = output / "claims.jsonl"
         records = read(file)
         write(file, records[:-2])
-        claims.main(claims.Config(smoke=True, output=output, device="cpu", only=("border",), workers=1))
+        claims.main(claims.Config(smoke=True, output=output, only=("C7 ratios",), workers=1))
         assert "2 of 2 runs" in capsys.readouterr().out
         again = read(file)
         assert again[:-2] == records[:-2]
@@ -314,15 +379,24 @@ class TestCommand:
         assert sorted(results[0]) == sorted(results[1])
 
     def test_no_run_starts_after_the_time_is_up(self, output, tmp_path):
-        claims.main(claims.Config(smoke=True, output=tmp_path, device="cpu", only=("C1",), hours=0))
+        claims.main(claims.Config(smoke=True, output=tmp_path, only=("C1",), minutes=0))
         assert not read(tmp_path / "claims.jsonl")
 
     def test_the_plan_says_what_is_left(self, capsys, tmp_path):
-        claims.main(claims.Config(data=tmp_path, plan=True, output=tmp_path, device="cpu"))
+        claims.main(claims.Config(data=tmp_path, plan=True, output=tmp_path))
         lines = capsys.readouterr().out.splitlines()
         assert next(line for line in lines if line.startswith("| all")).split("|")[3].strip() == str(
-            len(plan(claims.claims(FULL), range(5)))
+            len(plan(known(FULL), range(5)))
         )
+
+    def test_a_name_takes_the_parts_of_a_claim_and_sets_are_left_out(self, capsys, output, tmp_path):
+        config = claims.Config(smoke=True, output=tmp_path, only=("C7",), sets=("eurosat",), minutes=0)
+        assert {claim.name for claim in claims._wanted(config, SETTING, [])} == {
+            "C7", "C7 cluster", "C7 schedules", "C7 best", "C7 retrieval", "C7 ratios"
+        }  # fmt: skip
+        assert {run.data for run in claims._needed(config, SETTING, [], (0,))} == {"eurosat"}
+        assert claims._belongs("C6", "C6")
+        assert not claims._belongs("C6a", "C6")
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -330,9 +404,10 @@ class TestCommand:
             ({}, "--data is missing"),
             ({"data": Path("nowhere")}, "neither .* in nowhere"),
             ({"data": Path("nowhere"), "only": ("C9",)}, "only must be of C1"),
+            ({"data": Path("nowhere"), "sets": ("stl10",)}, "sets must be of cifar10"),
             ({"data": Path("nowhere"), "class_sets": ("stl10",)}, "NAME:SIZE:SPLIT"),
         ],
     )
     def test_what_the_user_can_mend_is_said(self, changes, message, tmp_path):
         with pytest.raises(UserError, match=message):
-            claims.main(claims.Config(**changes, output=tmp_path, device="cpu"))
+            claims.main(claims.Config(**changes, output=tmp_path))

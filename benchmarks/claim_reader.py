@@ -1,0 +1,126 @@
+"""What a reader wants first, from the same records: which mask for which images, whether it pays, and three numbers.
+
+The texts go into the README and the head of docs/claims.md; the rows behind them are in docs/claims-details.md.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from claim_curves import Curve, Sooner, sooner
+from claim_design import RATIO, Claim
+from claim_judge import Judged, interval
+from claim_statistics import CONTRADICTED, NOT_ENOUGH, SHOWN
+from report import RESULTS, markdown
+
+KINDS = {
+    "cifar10": "things that fill the frame (CIFAR-10)",
+    "tiny-imagenet": "photos of 200 kinds of things (Tiny-ImageNet)",
+    "fashion": "products on white (fashion)",
+    "eurosat": "land from above (EuroSAT)",
+}
+FIRST_MODEL, FIRST_RATIO = "vit_base_patch16_224", 0.75
+
+
+def which_table(judged: Sequence[Judged], stage: str = "tuned") -> str:
+    """A row per set and ratio: FLIP's accuracy, and every mask's difference to it, bold where that is shown."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for row in judged:
+        labels = row.row.labels
+        if labels["stage"] != stage or row.found is None or row.sides is None:
+            continue
+        cells = rows.setdefault((labels["data"], labels["ratio"]), {})
+        cells |= {"images": KINDS.get(labels["data"], labels["data"]), "dropped": labels["ratio"]}
+        cells["FLIP"] = f"{row.sides[1]:.1f}"
+        mark = "**" if row.verdict in (SHOWN, CONTRADICTED) else ""
+        few = f" ({row.found.n} seeds)" if row.verdict == NOT_ENOUGH else ""
+        half = "" if math.isnan(row.found.high) else f" ± {row.found.high - row.found.mean:.1f}"
+        cells[labels["mask"]] = f"{mark}{row.found.mean:+.1f}{half}{mark}{few}"
+    if not rows:
+        return "Not run yet."
+    return markdown(pd.DataFrame(list(rows.values())).fillna("–"))
+
+
+def which_sentence(judged: Sequence[Judged]) -> str:
+    """Which mask to take, as far as the tuned rows at one ratio show it."""
+    rows = [row for row in judged if row.row.labels["stage"] == "tuned" and row.row.labels["ratio"] == f"{RATIO:g}"]
+    begin = "**Which mask?** Begin with random patches (`RandomPatchDropout`)"
+    tested = list(dict.fromkeys(row.row.labels["data"] for row in rows if row.verdict != NOT_ENOUGH))
+    if not tested:
+        return f"{begin}; how the others do depends on the images."
+    found = []
+    for data in tested:
+        ahead = [row for row in rows if row.row.labels["data"] == data and row.verdict == SHOWN and row.found]
+        if ahead:
+            best = max(ahead, key=lambda row: row.found.mean if row.found else 0.0)
+            found.append(
+                f"{best.row.labels['mask']} was {interval(best.found, 1)} points ahead on {KINDS.get(data, data)}"
+            )
+    others = len(tested) - len(found)
+    said = "; ".join(found)
+    if not found:
+        everywhere = ", ".join(KINDS.get(data, data) for data in tested)
+        return f"{begin}: on {everywhere} no other mask was ahead of them by more than chance explains."
+    kinds = "kind" if others == 1 else "kinds"
+    level = f", and no mask was ahead of random on the other {others} {kinds} of images" if others else ""
+    return f"{begin}; {said}{level}."
+
+
+def compute_table(
+    claim: Claim, judged: Sequence[Judged], curves: Mapping[str, Mapping[str, Mapping[int, Curve]]]
+) -> str:
+    """At equal operations: CLIP's accuracy and the masked one's, and how much sooner it is there."""
+    rows = []
+    for row in judged:
+        if row.found is None or row.sides is None:
+            continue
+        data, method = row.row.labels["data"], row.row.labels["method"]
+        of_methods = curves.get(data, {})
+        rows.append(
+            {
+                "verdict": row.verdict,
+                "images": KINDS.get(data, data),
+                "method": method,
+                "CLIP, no mask": f"{row.sides[1]:.1f}",
+                "masked": f"{row.sides[0]:.1f}",
+                "difference (95 %)": interval(row.found, 1),
+                "as soon, by operations": _said(sooner(of_methods, method, "operations")),
+                "by seconds": _said(sooner(of_methods, method, "seconds")),
+                "seeds": str(row.found.n),
+            }
+        )
+    return markdown(pd.DataFrame(rows)) if rows else "Not run yet."
+
+
+def _said(found: Sooner | None) -> str:
+    return "–" if found is None else str(found)
+
+
+def first_numbers(compute: Sequence[Judged]) -> str:
+    """Speed and memory of a GPU, and accuracy at equal compute where that has been run."""
+    steps = _rows("h200-step.json", model=FIRST_MODEL, mask_ratio=FIRST_RATIO, mode="eager")
+    clips = _rows("h200-clip.json", mask_ratio=FIRST_RATIO)
+    ours, timms = steps["gaussmask pixels"]["speed_up"], steps["timm patch_drop_rate"]["speed_up"]
+    whole, unmasked = clips["gaussmask pixels"], clips["no mask"]
+    lines = [
+        f"- **{ours:.1f} times as fast**: a training step of ViT-B/16 on a quarter of the patches, against all of "
+        f"them; timm's own drop: {timms:.1f} times. [H200, bfloat16](docs/performance.md).",
+        f"- **{whole['batch'] / unmasked['batch']:.1f} times the batch in the same memory**, and "
+        f"{whole['speed_up']:.1f} times the images per second: all of CLIP ViT-B/16 with its texts, likewise.",
+    ]
+    flip = [row for row in compute if row.row.labels["method"] == "FLIP" and row.found and row.verdict != NOT_ENOUGH]
+    if flip:
+        said = "; ".join(f"{row.found.mean:+.1f} on {row.row.labels['data']}" for row in flip if row.found)
+        best = max(row.found.mean for row in flip if row.found)
+        lines.append(
+            f"- **{best:+.0f} points at equal compute**: zero-shot accuracy of small CLIPs with three quarters of the "
+            f"patches dropped at random, against none ({said}). [Two CPU cores, five seeds](docs/claims.md)."
+        )
+    return "\n".join(lines)
+
+
+def _rows(file: str, **of: object) -> dict[str, dict[str, float]]:
+    """By contender."""
+    rows = json.loads((RESULTS / file).read_text(encoding="utf-8"))["rows"]
+    return {row["contender"]: row for row in rows if all(row[name] == value for name, value in of.items())}
