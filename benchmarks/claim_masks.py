@@ -33,7 +33,7 @@ NOISES = (0.05, 0.1, 0.3)
 RATIOS_IN_TURN = (RATIO, *(ratio for ratio in reversed(RATIOS) if ratio != RATIO))  # the most telling ones first
 SCHEDULES = (("cluster", "half random"), ("cluster", "late random"), ("glip", "growing"), ("flip", "two views"))
 STAGES = ("masked", "unmasked", "tuned")
-SIDES = ("mask", "FLIP")
+SIDES = ("this mask", "FLIP")
 
 
 def masks_claims(setting: Setting, results: Results) -> list[Claim]:

@@ -43,10 +43,11 @@ def which_table(judged: Sequence[Judged], stage: str = "tuned") -> str:
 
 
 def which_sentence(judged: Sequence[Judged]) -> str:
-    """Which mask to take, as far as the tuned rows at one ratio show it."""
+    """Which mask to take, as far as the tuned rows at one ratio show it, of sets where all masks have been run."""
     rows = [row for row in judged if row.row.labels["stage"] == "tuned" and row.row.labels["ratio"] == f"{RATIO:g}"]
     begin = "**Which mask?** Begin with random patches (`RandomPatchDropout`)"
-    tested = list(dict.fromkeys(row.row.labels["data"] for row in rows if row.verdict != NOT_ENOUGH))
+    left = {row.row.labels["data"] for row in rows if row.verdict == NOT_ENOUGH}
+    tested = [data for data in dict.fromkeys(row.row.labels["data"] for row in rows) if data not in left]
     if not tested:
         return f"{begin}; how the others do depends on the images."
     found = []

@@ -41,8 +41,8 @@ class Outcome:
 
     Args:
         figures: every one that was asked for, and those that come with them.
-        curve: of runs with all of the setting's budget: `images` seen, `operations` in steps of a model without a mask, and `top1` in
-            percent on whole images, all at the same moments.
+        curve: of runs with all of the setting's budget: `images` seen, `operations` in steps of a model without a mask,
+            and `top1` in percent on whole images, all at the same moments.
     """
 
     figures: dict[str, float]

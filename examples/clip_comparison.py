@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -19,7 +20,7 @@ from clip_data import CaptionedImages
 from clip_evaluation import Score
 from clip_intervals import CONFIDENCE, Difference, difference
 from clip_step import METHODS, OTHER_RULES, now
-from clip_training import COLUMNS, CURVE_IMAGES, Config, build_model, make_encoder, operations, run, train
+from clip_training import COLUMNS, CURVE_IMAGES, CURVE_POINTS, Config, build_model, make_encoder, operations, run, train
 from tqdm import tqdm
 from user_errors import UserError
 
@@ -120,6 +121,15 @@ def _interval(own: Difference) -> str:
     return f"between {own.low:+.1f} and {own.high:+.1f}"
 
 
+def reading(results: pd.DataFrame) -> str:
+    """What the table says, for runs too few to conclude from."""
+    means = results.groupby("method")[last_column(results)].mean().sort_values(ascending=False)
+    ranks = ", ".join(f"{method} at {score:.1f} %" for method, score in means.items())
+    seeds = results["seed"].nunique()
+    caution = "One seed: a difference of a few points is noise." if seeds == 1 else f"{seeds} seeds each."
+    return f"After as many operations: {ranks}. {caution}"
+
+
 def table(results: pd.DataFrame) -> pd.DataFrame:
     """A row per method: means over the seeds, and the difference to the reference with its interval."""
     column, reference = last_column(results), reference_of(results)
@@ -200,6 +210,7 @@ def fit_into(
     num_seeds: int,
     num_train: int,
     num_test: int,
+    curve_points: int = CURVE_POINTS,
 ) -> Config:
     """The recipe with as many passes as all runs have time for, and a tenth of them for the tuning, if there is one.
 
@@ -208,7 +219,7 @@ def fit_into(
     """
     steps_per_pass = num_train // config.batch_size
     share, tuning_share = share_of_the_unmasked(config), TUNING_SHARE * (config.tuning_epochs > 0)
-    evaluations = len(COLUMNS) + 2 * min(1.0, CURVE_IMAGES / num_test)
+    evaluations = len(COLUMNS) + (curve_points + (curve_points > 0)) * min(1.0, CURVE_IMAGES / num_test)
     training = 60 * minutes * USED_TIME / num_seeds - len(methods) * evaluations * speed.evaluation
     step_of_each = sum(share * speed.whole if method == UNMASKED else speed.masked for method in methods)
     step_of_each += len(methods) * tuning_share * speed.whole
@@ -232,12 +243,14 @@ def compare_on(
     methods: Sequence[str],
     seeds: Sequence[int],
     minutes: float | None = None,
+    curve_points: int = CURVE_POINTS,
     save: Callable[[pd.DataFrame, pd.DataFrame], object] = lambda results, curves: None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Run every method with every seed, seed by seed.
 
     Args:
         minutes: after which no further seed is begun, once there are two.
+        curve_points: of every run, see `clip_training.run`.
         save: called with the results and the curves so far, whenever a run has ended.
 
     Returns:
@@ -270,7 +283,8 @@ def compare_on(
                     bar.update(min(images * cost[masked and not tuning], total - bar.n))
 
                 recipe = recipe_of(method, config, share)
-                result, curve = run(method, train_data, test_data, recipe, seed, score=score, advance=advance)
+                shown: dict[str, Any] = {"score": score, "curve_points": curve_points, "advance": advance}
+                result, curve = run(method, train_data, test_data, recipe, seed, **shown)
                 results.append(result | {"images seen": int(curve["samples"].max())})
                 curves.append(curve)
                 save(pd.DataFrame(results), pd.concat(curves, ignore_index=True))

@@ -47,13 +47,19 @@ class CaptionedImages(torch.utils.data.Dataset[Any]):
 
     def head(self, count: int) -> "CaptionedImages":
         """The first `count` of them."""
-        labels = None if self.labels is None else self.labels[:count]
+        return self._part(slice(count))
+
+    def tail(self, count: int) -> "CaptionedImages":
+        """The last `count` of them."""
+        return self._part(slice(max(0, len(self) - count), None))
+
+    def _part(self, rows: slice) -> "CaptionedImages":
         return replace(
             self,
-            images=self.images[:count],
-            captions=self.captions[:count],
-            labels=labels,
-            all_captions=self.all_captions[:count],
+            images=self.images[rows],
+            captions=self.captions[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            all_captions=self.all_captions[rows],
         )
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:

@@ -20,6 +20,8 @@ class Difference:
     high: float
 
     def __str__(self) -> str:
+        if self.n == 1:
+            return f"{self.mean:+.1f}"
         return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
 
 

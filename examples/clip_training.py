@@ -1,19 +1,18 @@
-"""CLIP, FLIP and GLIP side by side on a small set in memory: towers, loop, comparison, plots. The notebook runs this.
+"""A small CLIP on a set in memory, with a mask or without: towers, loop, one run, its curve. The notebook runs this.
 
     images   -> patches -> tokens -> drop -> kept tokens -> image features --.
                                                                               > contrastive loss
     captions -> text tokens ------------------------------> text features  --'
 
-`compare` trains CLIP (no mask), FLIP (random) and GLIP (centred) from the same initial weights on the same batches,
-tunes them unmasked for a short while, and evaluates each in the three columns of the papers: zero-shot with masked
-images, with whole images, and after tuning.
+`run` trains with one method, tunes unmasked for a short while, and evaluates in the three columns of the papers:
+zero-shot with masked images, with whole images, and after tuning. clip_comparison.py compares runs.
 """
 
 import functools
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,7 +47,7 @@ import gaussmask
 pd.options.display.width = 120  # so that a terminal shows the result table unbroken
 
 COLUMNS = ("masked inference", "unmasked", "after tuning")  # of the papers' tables
-CURVE_IMAGES = 1000  # of the test set are evaluated after every pass
+CURVE_IMAGES, CURVE_POINTS = 1000, 8  # so many of the test set are evaluated, so often in a training
 
 
 @dataclass(frozen=True)
@@ -167,8 +166,8 @@ def train(
         step_on: what makes a step of a batch.
 
     Returns:
-        One record per step: `samples` seen so far, `loss`, `images_per_second` of the step (loading not counted), and
-        `score` where `curve_data` was evaluated.
+        One record per step: `samples` seen so far, `seconds` of training so far and `images_per_second` of the step
+        (both without loading and evaluating), `loss`, and `score` where `curve_data` was evaluated.
     """
     loader = torch.utils.data.DataLoader(
         _Rows(len(data)),
@@ -187,7 +186,7 @@ def train(
     all_images = data.images.to(config.device)
     all_tokens = tokenizer(config.context_length)(data.captions).to(config.device)
     curve_steps = curve_steps or len(loader)
-    records = []
+    records, spent = [], 0.0
     total, hidden = num_steps * config.batch_size, None if advance is None else True
     with tqdm(total=total, desc=label, unit=" images", unit_scale=True, file=sys.stdout, disable=hidden) as bar:
         for step, rows in enumerate(_batches(loader, num_steps), start=1):
@@ -199,8 +198,10 @@ def train(
             precision = autocast(config.precision, config.device)
             loss = step_on(model, pixels, tokens, contrastive_loss, optimizer, precision).item()
             seconds = now(config.device) - started
+            spent += seconds
             record = {
                 "samples": step * config.batch_size,
+                "seconds": spent,
                 "loss": loss,
                 "images_per_second": config.batch_size / seconds,
             }
@@ -313,6 +314,7 @@ def run(
     seed: int,
     *,
     score: Score = TOP1,
+    curve_points: int = CURVE_POINTS,
     advance: Callable[[int, bool], object] | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """`pretrain_and_tune` one model with masks.
@@ -322,6 +324,7 @@ def run(
 
     Args:
         score: of the columns and the curve.
+        curve_points: evaluations in the training, beside those of the columns; with any, the tuning ends with one too.
         advance: see `pretrain_and_tune`.
 
     Returns:
@@ -351,51 +354,17 @@ def run(
         evaluate=evaluate,
         reveal=reveal,
         label=f"{method}, seed {seed}",
-        curve_data=test_data.head(CURVE_IMAGES),
+        curve_data=test_data.head(CURVE_IMAGES) if curve_points else None,
+        curve_steps=math.ceil(config.epochs * (len(train_data) // config.batch_size) / max(1, curve_points)),
         score=score,
         advance=advance,
     )
-    seen = training[-1]["samples"]
-    curve = pd.DataFrame([*training, *({**record, "samples": record["samples"] + seen} for record in tuning)])
+    before = {name: training[-1][name] for name in ("samples", "seconds")}
+    later = [{**record, **{name: record[name] + spent for name, spent in before.items()}} for record in tuning]
+    curve = pd.DataFrame([*training, *later])
     speed = pd.Series([record["images_per_second"] for record in training]).median()
     result = {"method": method, "seed": seed, **scores, "images/s": speed}
     return result, curve.assign(method=method, seed=seed)
-
-
-def compare(
-    train_data: CaptionedImages,
-    test_data: CaptionedImages,
-    config: Config,
-    *,
-    methods: Sequence[str] = METHODS,
-    seeds: Sequence[int] = (0,),
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`run` every method with every seed.
-
-    Returns:
-        The results, a row per run, with the speed-up over CLIP of the same seed; and the curves of all runs.
-    """
-    runs = [run(method, train_data, test_data, config, seed) for seed in seeds for method in methods]
-    results = pd.DataFrame([result for result, _ in runs])
-    if "clip" in methods:
-        clip = results[results["method"] == "clip"].set_index("seed")["images/s"]
-        results["speed-up"] = results["images/s"] / results["seed"].map(clip)
-    return results, pd.concat([curve for _, curve in runs], ignore_index=True)
-
-
-def summarize(results: pd.DataFrame) -> pd.DataFrame:
-    """Mean ± standard deviation over the seeds, as text; the mean alone where there was one seed."""
-
-    def cell(values: pd.Series) -> str:
-        if values.isna().all():
-            return "–"
-        digits = 0 if values.name == "images/s" else 2 if values.name == "speed-up" else 1
-        spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-        return f"{values.mean():.{digits}f}{spread}"
-
-    grouped = results.groupby("method", sort=False)
-    table = grouped[[column for column in results.columns if column not in ("method", "seed")]].agg(cell)
-    return table.assign(seeds=grouped["seed"].count())
 
 
 def operations(config: Config, method: str) -> int:
@@ -408,19 +377,20 @@ def operations(config: Config, method: str) -> int:
     return count_operations(model, images, torch.zeros(1, config.context_length, dtype=torch.long, device="meta"))
 
 
-def plot_curves(curves: pd.DataFrame, smoothing: int = 10, score: str = TOP1.name) -> Figure:
-    """Training loss, and the score on whole images, over the samples seen; a thin line per seed."""
+def plot_curves(curves: pd.DataFrame, smoothing: int = 10, score: str = TOP1.name, over: str = "samples") -> Figure:
+    """Training loss, and the score on whole images, over the `samples` seen or the `seconds` of training, by seed."""
     figure, (loss_axes, score_axes) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     methods = [*METHODS, *OTHER_RULES]  # a colour for each, whichever are there
     for (method, seed), curve in curves.groupby(["method", "seed"], sort=False):
         style: dict[str, Any] = {"color": f"C{methods.index(str(method))}", "alpha": 0.8}
         style["label"] = method if seed == curves["seed"].iloc[0] else None
-        loss_axes.plot(curve["samples"], curve["loss"].rolling(smoothing, min_periods=1).mean(), linewidth=1, **style)
+        loss_axes.plot(curve[over], curve["loss"].rolling(smoothing, min_periods=1).mean(), linewidth=1, **style)
         scores = curve.dropna(subset="score")
-        score_axes.plot(scores["samples"], scores["score"], marker="o", markersize=3, linewidth=1, **style)
-    loss_axes.set(xlabel="images seen", ylabel="contrastive loss", title="training (masked until the tuning)")
+        score_axes.plot(scores[over], scores["score"], marker="o", markersize=3, linewidth=1, **style)
+    label = {"samples": "images seen", "seconds": "seconds of training"}[over]
+    loss_axes.set(xlabel=label, ylabel="contrastive loss", title="training (masked until the tuning)")
     title = "zero-shot, whole images" if score == TOP1.name else "retrieval, whole images"
-    score_axes.set(xlabel="images seen", ylabel=f"{score} (%)", title=title)
+    score_axes.set(xlabel=label, ylabel=f"{score} (%)", title=title)
     score_axes.legend()
     for axes in (loss_axes, score_axes):
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -94,7 +94,16 @@ def test_the_table_has_a_row_per_method():
     assert rows["to flip"]["flip"] == "–"
     assert rows["to flip"]["glip"].startswith("+3.0 [+2.")
     assert "after tuning" not in comparison.table(results_of("unmasked", flip=STEADY, glip=above(3))).columns
-    assert comparison.table(results_of(flip=[50.0], glip=[51.0]))["to flip"]["glip"] == "+1.0 [+nan, +nan]"
+    assert comparison.table(results_of(flip=[50.0], glip=[51.0]))["to flip"]["glip"] == "+1.0"
+
+
+def test_a_table_of_few_runs_is_read_without_a_conclusion():
+    said = comparison.reading(results_of(flip=[50.0], glip=[61.04]))
+    assert (
+        said
+        == "After as many operations: glip at 61.0 %, flip at 50.0 %. One seed: a difference of a few points is noise."
+    )
+    assert "2 seeds each" in comparison.reading(results_of(flip=[50.0, 51.0], glip=[61.0, 62.0]))
 
 
 def test_operations_are_those_of_the_arithmetic():
@@ -124,8 +133,9 @@ def test_runs_fit_into_the_minutes():
     share = comparison.share_of_the_unmasked(TINY)
     steps = 100 * fitted.epochs
     training = 2 * steps * 0.1 + steps * share * 0.3 + 3 * steps / 10 * 0.3
-    evaluations = 3 * (3 + 2 * 1000 / 4000) * 2.0
+    evaluations = 3 * (3 + (8 + 1) * 1000 / 4000) * 2.0
     assert 5 * (training + evaluations) == pytest.approx(30 * 60 * comparison.USED_TIME)
+    assert comparison.fit_into(30, speed, TINY, methods, 5, 3200, 4000, curve_points=0).epochs > fitted.epochs
     assert comparison.fit_into(30, speed, replace(TINY, tuning_epochs=0), methods, 5, 3200, 4000).tuning_epochs == 0
     with pytest.raises(UserError, match=r"minutes: 1 leave .* each of 15 runs"):
         comparison.fit_into(1, speed, TINY, methods, 5, num_train=3200, num_test=4000)
@@ -152,7 +162,7 @@ class World:
         monkeypatch.setattr(comparison, "run", self.run)
         monkeypatch.setattr(comparison.time, "monotonic", lambda: self.now)
 
-    def run(self, method, train_data, test_data, config, seed, *, score, advance):
+    def run(self, method, train_data, test_data, config, seed, *, score, curve_points, advance):
         self.ran.append((method, seed, config.epochs))
         self.now += self.seconds
         advance(64, False)

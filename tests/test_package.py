@@ -17,6 +17,7 @@ import gaussmask
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 MODULES = {path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.py")} | {"gaussmask/py.typed"}
+PROGRAMS = {path.name for path in (ROOT / "examples").glob("*.py")} | {"small_clip.json"}
 
 
 def run(*command, **settings):
@@ -99,11 +100,25 @@ def description(metadata):
     return metadata.get_payload(decode=True).decode()
 
 
-def test_the_wheel_has_the_package_its_types_and_its_licence_and_nothing_else(wheel):
+def test_the_wheel_has_the_package_its_types_the_programs_and_its_licence_and_nothing_else(wheel):
     folder = f"gaussmask-{gaussmask.__version__}.dist-info"
     about = {f"{folder}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
-    assert wheel.keys() == MODULES | about
+    assert wheel.keys() == MODULES | {f"gaussmask_examples/{name}" for name in PROGRAMS} | about
     assert all(wheel[name] == (ROOT / "src" / name).read_bytes() for name in MODULES)
+    assert all(wheel[f"gaussmask_examples/{name}"] == (ROOT / "examples" / name).read_bytes() for name in PROGRAMS)
+
+
+def test_the_programs_run_from_the_wheel_and_from_a_checkout(wheel, tmp_path):
+    for name, content in wheel.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    for place in (tmp_path, SOURCE):
+        there = {**os.environ, "PYTHONPATH": str(place)}
+        told = run(sys.executable, "-m", "gaussmask_examples.compare_methods", "--help", cwd=tmp_path.parent, env=there)
+        assert "--minutes" in told
+        code = "import gaussmask_examples, clip_training; print(clip_training.__file__)"
+        folder = Path(run(sys.executable, "-c", code, cwd=tmp_path.parent, env=there).strip()).parent
+        assert folder == (tmp_path / "gaussmask_examples" if place == tmp_path else ROOT / "examples")
 
 
 def test_the_sdist_has_what_builds_the_wheel_and_the_changelog(built):
@@ -111,7 +126,7 @@ def test_the_sdist_has_what_builds_the_wheel_and_the_changelog(built):
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     about = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "PKG-INFO", "pyproject.toml", ".gitignore"}
-    assert names == {f"src/{name}" for name in MODULES} | about
+    assert names == {f"src/{name}" for name in MODULES} | {f"examples/{name}" for name in PROGRAMS} | about
 
 
 def test_the_index_will_take_and_render_them(built):
