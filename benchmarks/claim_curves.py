@@ -15,7 +15,7 @@ from claim_costs import BASELINE, CURVE_COSTS
 from claim_design import RATIO, Results, Run, Setting
 from claim_records import Record, costs_of, curves_by_run
 from claim_run import length_of
-from clip_intervals import Difference, difference
+from clip_intervals import CONFIDENCE, Difference, difference
 from matplotlib.figure import Figure
 
 UNMASKED = "CLIP"
@@ -40,6 +40,10 @@ class Curve:
                 share = (top1 - self.top1[before]) / (self.top1[after] - self.top1[before])
                 return spent[before] + share * (spent[after] - spent[before])
         return None
+
+    def top1_after(self, spent: float, unit: str) -> float:
+        """On straight lines between the points; after the last one, what it ends with."""
+        return float(np.interp(spent, getattr(self, unit), self.top1))
 
 
 @dataclass(frozen=True)
@@ -93,19 +97,35 @@ def _timed(curve: Mapping[str, Sequence[float]], run: Run, setting: Setting, sec
     return Curve(curve["operations"], spent.tolist(), curve["top1"])
 
 
+def lead_after_as_long(of_methods: Mapping[str, Mapping[int, Curve]], method: str, unit: str) -> Difference | None:
+    """Of one set, by seed: the accuracy that a method has when it has spent what CLIP has at its end, less CLIP's; None
+    as for `sooner`."""
+    if (pairs := _pairs(of_methods, method, unit)) is None:
+        return None
+    return difference(
+        [own.top1_after(getattr(clip, unit)[-1], unit) - clip.top1[-1] for clip, own in pairs], confidence=CONFIDENCE
+    )
+
+
 def sooner(of_methods: Mapping[str, Mapping[int, Curve]], method: str, unit: str) -> Sooner | None:
     """Of one set; None where nothing is known of the unit or of CLIP."""
-    clip, own = of_methods.get(UNMASKED, {}), of_methods.get(method, {})
-    seeds = sorted(clip.keys() & own.keys())
-    if not seeds or any(getattr(curve, unit) is None for curve in (*clip.values(), *own.values())):
+    if (pairs := _pairs(of_methods, method, unit)) is None:
         return None
     logarithms = []
-    for seed in seeds:
-        spent = own[seed].spent_until(clip[seed].top1[-1], unit)
+    for clip, own in pairs:
+        spent = own.spent_until(clip.top1[-1], unit)
         if spent is not None:
-            logarithms.append(math.log(getattr(clip[seed], unit)[-1] / spent))
-    enough = len(logarithms) == len(seeds) > 1
-    return Sooner(difference(logarithms) if enough else None, len(logarithms), len(seeds))
+            logarithms.append(math.log(getattr(clip, unit)[-1] / spent))
+    enough = len(logarithms) == len(pairs) > 1
+    return Sooner(difference(logarithms) if enough else None, len(logarithms), len(pairs))
+
+
+def _pairs(of_methods: Mapping[str, Mapping[int, Curve]], method: str, unit: str) -> list[tuple[Curve, Curve]] | None:
+    """CLIP's curve and the method's, by seed."""
+    clip, own = of_methods.get(UNMASKED, {}), of_methods.get(method, {})
+    pairs = [(clip[seed], own[seed]) for seed in sorted(clip.keys() & own.keys())]
+    known = all(getattr(curve, unit) is not None for pair in pairs for curve in pair)
+    return pairs if pairs and known else None
 
 
 def plot_curves(found: Mapping[str, Mapping[str, Mapping[int, Curve]]]) -> Figure:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from claim_curves import Curve, Sooner, sooner
+from claim_curves import Curve, Sooner, lead_after_as_long, sooner
 from claim_design import RATIO, Claim
 from claim_judge import Judged, interval
 from claim_statistics import CONTRADICTED, NOT_ENOUGH, SHOWN
@@ -86,6 +86,7 @@ def compute_table(
                 "CLIP, no mask": f"{row.sides[1]:.1f}",
                 "masked": f"{row.sides[0]:.1f}",
                 "difference (95 %)": interval(row.found, 1),
+                "at equal seconds": interval(lead_after_as_long(of_methods, method, "seconds"), 1),
                 "as soon, by operations": _said(sooner(of_methods, method, "operations")),
                 "by seconds": _said(sooner(of_methods, method, "seconds")),
                 "seeds": str(row.found.n),

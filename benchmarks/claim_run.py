@@ -167,7 +167,7 @@ def curve_of(
                 steps = record["samples"] / batch_size
                 curve["images"].append((steps_before + steps) * batch_size)
                 curve["operations"].append(round(paid_before + steps * cost, 2))
-                curve["top1"].append(record["score"])
+                curve["top1"].append(round(record["score"], 3))
     return curve
 
 

@@ -138,6 +138,11 @@ class TestPlan:
                     assert differ <= OF_A_MASK
                     assert setting.recipe_of(first) == setting.recipe_of(second)
 
+    def test_no_column_of_a_table_hides_another(self):
+        for claim in known(FULL, settled(FULL)):
+            for row in claim.rows:
+                assert not {*row.labels} & {*claim.sides, "verdict", "n", "difference (95 %)", "each image seen"}
+
     def test_every_run_is_planned_once_for_every_seed_with_all_figures_that_rows_ask_for(self):
         needed = plan(papers(FULL), (3, 4))
         assert {run.seed for run in needed} == {3, 4}

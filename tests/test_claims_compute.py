@@ -128,6 +128,17 @@ class TestCurves:
         never = {**flip_, 1: Curve([100, 300], None, [10.0, 20.0])}
         assert str(sooner({"CLIP": clip, "FLIP": never}, "FLIP", "operations")) == "2 of 3 seeds get there"
 
+    def test_the_lead_after_as_many_seconds_is_read_off_the_curve(self):
+        clip = {seed: Curve([1, 3], [100, 300], [10.0, 30.0 + seed]) for seed in range(3)}
+        flip_ = {seed: Curve([1, 2, 3], [100, 200, 400], [20.0, 40.0, 50.0]) for seed in range(3)}
+        found = claim_curves.lead_after_as_long({"CLIP": clip, "FLIP": flip_}, "FLIP", "seconds")
+        expected = stats.ttest_1samp([15.0, 14.0, 13.0], 0).confidence_interval(0.95)
+        assert (found.mean, found.low, found.high) == pytest.approx((14.0, expected.low, expected.high))
+        short = {seed: Curve([1, 2], [100, 200], [20.0, 40.0]) for seed in range(3)}
+        ended = claim_curves.lead_after_as_long({"CLIP": clip, "FLIP": short}, "FLIP", "seconds")
+        assert ended.mean == pytest.approx(9.0)
+        assert claim_curves.lead_after_as_long({"CLIP": clip}, "FLIP", "seconds") is None
+
     def test_seconds_are_those_of_masked_steps_and_in_the_tuning_of_whole_ones(self):
         third = {"budget": SETTING.budget // 3}
         runs = [Run("cifar10", "clip", 0.0, **third), Run("cifar10", "flip", 0.75, **third)]
@@ -230,7 +241,7 @@ class TestReader:
             judged("eurosat", "GLIP", [0.5, -0.5, 0.1, 0.2, -0.2]),
         ]
         said = claim_reader.which_sentence(rows)
-        assert "on products on white (fashion), cluster was +8.8" in said
+        assert "; cluster was +8.8 [+8.1, +9.5] points ahead on products on white (fashion)" in said
         assert "GLIP" not in said
         assert "ahead of random on the other 1 kind of images" in said
         assert "depends on the images" in claim_reader.which_sentence([])
@@ -265,6 +276,8 @@ class TestReader:
         clip = {seed: Curve([100, 300], None, [10.0, 30.0]) for seed in range(3)}
         fast = {seed: Curve([100, 200], None, [10.0, 50.0]) for seed in range(3)}
         table = claim_reader.compute_table(claim, [found], {"cifar10": {"CLIP": clip, "FLIP": fast}})
-        assert "| shown | things that fill the frame (CIFAR-10) | FLIP | 45.0 | 55.0 | +10.0 [+9.1, +10.9] |" in table
+        assert (
+            "| shown | things that fill the frame (CIFAR-10) | FLIP | 45.0 | 55.0 | +10.0 [+9.1, +10.9] | – |" in table
+        )
         assert "| 2.00× [2.00, 2.00] | – | 5 |" in table
         assert claim_reader.compute_table(claim, [Judged(row)], {}) == "Not run yet."
