@@ -39,7 +39,9 @@ def which_table(judged: Sequence[Judged], stage: str = "tuned") -> str:
         cells[labels["mask"]] = f"{mark}{row.found.mean:+.1f}{half}{mark}{few}"
     if not rows:
         return "Not run yet."
-    return markdown(pd.DataFrame(list(rows.values())).fillna("–"))
+    order = list(dict.fromkeys(data for data, _ in rows))
+    by_images = sorted(rows, key=lambda place: (order.index(place[0]), float(place[1])))
+    return markdown(pd.DataFrame([rows[place] for place in by_images]).fillna("–"))
 
 
 def which_sentence(judged: Sequence[Judged]) -> str:

@@ -128,6 +128,7 @@ def _run(config: Config, setting: Setting, folder: Path, seeds: Sequence[int]) -
     for name in config.sets:
         if name not in setting.data_names:
             raise UserError(f"sets must be of {', '.join(sorted(setting.data_names))}, got {name!r}")
+    _check_data(folder, _needed(config, setting, records, seeds), setting)  # before anything is measured
     config.output.mkdir(parents=True, exist_ok=True)
     commit = git_commit()  # before this program changes a file
     models = {name: (recipe, CONTENDERS) for name, recipe in setting.cost_models.items()}

@@ -64,6 +64,7 @@ def main(
 
 def _rendered(figure: Figure) -> Image.Image:
     figure.set_dpi(90)
+    figure.set_figheight(figure.get_figheight() + 0.15)
     for axis in figure.axes:
         axis.title.set_fontsize(13)  # the six panels are shown in the width of a page
     figure.canvas.draw()

@@ -403,6 +403,21 @@ class TestCommand:
         assert claims._belongs("C6", "C6")
         assert not claims._belongs("C6a", "C6")
 
+    def test_the_larger_scale_has_the_same_plan_and_its_own_records(self, capsys, tmp_path):
+        claims.main(claims.Config(data=tmp_path, plan=True, output=tmp_path, scale="gpu"))
+        assert "| C0 rates " in capsys.readouterr().out
+        larger = full_setting("gpu")
+        plans = [[replace(run, budget=None) for run in plan(known(of), (0,))] for of in (larger, FULL)]
+        assert plans[0] == plans[1]
+        assert results_by_run([record(flip("cifar10"), FULL, a=1.0)], larger) == {}
+        length = claim_run.length_of(Run("cifar10", "flip", 0.75, budget=larger.budget), larger)
+        assert length.steps * length.cost + length.tuning_steps == pytest.approx(larger.budget, abs=1)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    def test_the_larger_scale_needs_a_gpu(self, tmp_path):
+        with pytest.raises(UserError, match="torch sees none here"):
+            claims.main(claims.Config(data=tmp_path, output=tmp_path, scale="gpu"))
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
