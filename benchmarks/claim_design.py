@@ -90,6 +90,7 @@ class Claim:
         sides: what the tables call the two runs of a pair.
         passes: whether the tables say how often a training image was seen.
         seeds: of its runs, if it has seeds of its own: what is chosen by them is judged on others.
+        waits: whether rows are missing, because what they compare is not chosen yet; then there is no verdict.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Claim:
     sides: tuple[str, str] = ("GLIP", "FLIP")
     passes: bool = False
     seeds: tuple[int, ...] | None = None
+    waits: bool = False
 
 
 @dataclass(frozen=True)

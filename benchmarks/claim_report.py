@@ -108,12 +108,17 @@ def claim_text(claim: Claim, judged: Sequence[Judged]) -> str:
         return "Not run yet."
     if claim.name in BY_RULE:
         return "\n\n".join(f"*{stage}*\n\n{which_table(judged, stage)}" for stage in ("tuned", "unmasked", "masked"))
-    table = markdown(pd.DataFrame([_cells(claim, row) for row in judged]))
+    listed = [row for row in judged if row.found or claim.seeds is None]  # of a choice, what has been tried
+    table = markdown(pd.DataFrame([_cells(claim, row) for row in listed]))
     primary = [row for row in judged if row.row.primary]
     if not primary:
         return table
     rows = "; ".join(f"{name_of(row.row)}: {interval(row.found)}, {row.verdict}" for row in primary)
-    return f"**{claim.name} is {_said(combined(row.verdict for row in primary))}.** {rows}.\n\n{table}"
+    return f"**{claim.name} is {_said(_verdict(claim, primary))}.** {rows}.\n\n{table}"
+
+
+def _verdict(claim: Claim, primary: Sequence[Judged]) -> str:
+    return NOT_ENOUGH if claim.waits else combined(row.verdict for row in primary)
 
 
 def _said(word: str) -> str:
@@ -139,7 +144,7 @@ def summary_row(claim: Claim, judged: Sequence[Judged]) -> dict[str, str]:
     primary = [row for row in judged if row.row.primary]
     said = "; ".join(f"{name_of(row.row)}: {interval(row.found)}" for row in primary)
     return {
-        "verdict": f"**{combined(row.verdict for row in primary)}**",
+        "verdict": f"**{_verdict(claim, primary)}**",
         "claim": f"{claim.name} {claim.title[0].lower()}{claim.title[1:]}",
         "primary rows: difference in points (95 %)": said,
     }

@@ -16,6 +16,7 @@ import gaussmask
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import claim_curves
 import claim_reader
+import claim_report
 import claim_run
 from arithmetic import Tower
 from claim_compute import LEARNING_RATES, long_runs
@@ -24,12 +25,19 @@ from claim_curves import Curve, sooner
 from claim_design import CIFAR10, Choice, Claim, Row, Run, flip, full_setting, smoke_setting
 from claim_judge import Judged
 from claim_masks import cluster_choice
-from claim_plan import claims
+from claim_plan import claims, plan
 from claim_records import costs_keys, training_keys
 from claim_schedules import HalfRandom, masks_of, two_views
 from clip_intervals import difference
 from clip_training import build_model
 
+CIRCUMSTANCES = {
+    "seconds": 1.0,
+    "date": "2026-11-27",
+    "machine": dict.fromkeys(("cpu", "instructions", "cores", "os", "gpu")),
+    "versions": {},
+    "commit": None,
+}
 FULL, SETTING = full_setting("cpu"), smoke_setting()
 
 
@@ -68,6 +76,20 @@ class TestChoice:
             tried.setdefault((row.labels["data"], row.labels["method"]), []).append(row.pairs[0][0].lr)
         assert {tuple(found) for found in tried.values()} == {LEARNING_RATES}
         assert not set(rates.seeds) & {0, 1, 2, 3, 4}
+
+    def test_there_is_no_verdict_before_everything_is_chosen(self):
+        """C0 on one of its three sets, with all the runs that the set needs."""
+        results = {}
+        for _ in range(3):
+            for run, figures in plan(
+                [c for c in claims(FULL, results) if c.name[:2] in ("C0", "C7")], range(5)
+            ).items():
+                if run.data == "cifar10" or run.seed in (20, 21, 22):
+                    results[run] = dict.fromkeys(figures, 60.0 if run.method == "flip" else 50.0) | {"passes": 1.0}
+        records = [training_keys(run, FULL) | {"results": found} | CIRCUMSTANCES for run, found in results.items()]
+        texts = claim_report.all_texts(records, FULL)
+        assert "**C0 is not decided: not enough runs.** cifar10, FLIP: +10.00" in texts["claims-C0"]
+        assert "| **not enough runs** | C0 " in texts["claims-summary"]
 
 
 class TestBudget:
