@@ -103,7 +103,7 @@ def test_the_pages_show_the_figures_that_lie_in_the_repository():
         )
     named = [name for name in texts if not name.endswith("-summary")]
     assert all(f"<!-- results: {name} -->" in pages[0] for name in named)
-    assert all("<!-- results: h200-step-summary -->" in page for page in pages[1:])
+    assert "<!-- results: h200-step-summary -->" in pages[2]
 
 
 @pytest.mark.parametrize("mask_ratio", [0.5, 0.75, 0.9, 0.918])

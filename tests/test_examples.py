@@ -257,7 +257,7 @@ def test_the_notebook_runs_at_a_small_size_and_is_committed_with_its_outputs(tmp
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run `make notebook`"
     shown = [output for cell in cells for output in cell.outputs]
     assert not any(output.output_type == "error" for output in shown)
-    assert sum("image/png" in output.get("data", {}) for output in shown) >= 5
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 4  # rules, data, curves, places
     monkeypatch.setenv("GAUSSMASK_QUICK", "1")
     monkeypatch.setenv("GAUSSMASK_OUTPUT", str(tmp_path))
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": EXAMPLES}})
