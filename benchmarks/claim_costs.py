@@ -7,8 +7,9 @@ from typing import Any
 import open_clip
 import torch
 from arithmetic import Tower, clip_ceiling
-from claim_design import RATIO, RATIOS, SIGMA
-from clip_step import autocast, make_drop, make_optimizer, train_step
+from claim_design import RATIOS, Run, flip, glip
+from claim_schedules import masks_of
+from clip_step import autocast, make_optimizer, train_step
 from clip_training import Config as Recipe
 from clip_training import build_model, tokenizer
 from memory import peak_mib
@@ -18,15 +19,16 @@ import gaussmask
 from gaussmask.functional import num_kept_patches
 
 BASELINE = "clip"
-CONTENDERS = tuple((method, ratio) for ratio in RATIOS for method in ("flip", "glip"))
 CURVE_COSTS = "the curves of C0"  # a measurement of its own, of that claim's methods
-CURVE_CONTENDERS = tuple((method, RATIO) for method in ("flip", "glip", "cluster"))
 
 
-def measure_costs(
-    recipe: Recipe, rounds: int, contenders: Sequence[tuple[str, float]] = CONTENDERS, seed: int = 0
-) -> dict[str, Any]:
-    """Methods at ratios, with one model, one optimizer and one batch, so that only the drop changes.
+def papers_runs(data: str) -> list[Run]:
+    """What C2 compares."""
+    return [method(data, ratio) for ratio in RATIOS for method in (flip, glip)]
+
+
+def measure_costs(recipe: Recipe, rounds: int, runs: Sequence[Run], seed: int = 0) -> dict[str, Any]:
+    """The masks of `runs`, with one model, one optimizer and one batch, so that only the drop changes.
 
     Returns:
         By contender (`clip`, `flip 0.75`, `glip 0.75`, ...): `milliseconds` of a step, one per round; `peak_mib` above
@@ -52,13 +54,11 @@ def measure_costs(
     image = Tower(1 + patches, recipe.width, recipe.depth, patches, 3 * recipe.patch_size**2)
     text = Tower(recipe.context_length, recipe.width, recipe.text_depth)
     taking_turns = [Contender(BASELINE, step, recipe.batch_size, functools.partial(prepare, None), {"ceiling": 1.0})]
-    for method, ratio in contenders:
-        dropped = patches - num_kept_patches(patches, ratio)
+    for run in runs:
+        dropped = patches - num_kept_patches(patches, run.mask_ratio)
         ceiling = {"ceiling": clip_ceiling(image, text, dropped=dropped, stage="tokens")}
-        drop = make_drop(method, ratio, sigma=SIGMA, sampling="additive")
-        taking_turns.append(
-            Contender(f"{method} {ratio:g}", step, recipe.batch_size, functools.partial(prepare, drop), ceiling)
-        )
+        turn = functools.partial(prepare, masks_of(run).drop)
+        taking_turns.append(Contender(f"{run.method} {run.mask_ratio:g}", step, recipe.batch_size, turn, ceiling))
     clock = clock_for(recipe.device)
     repeats, peaks = [], {}
     for contender in taking_turns:

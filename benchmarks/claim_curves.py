@@ -3,6 +3,7 @@
 records -> a curve per run -> the point where it reaches CLIP's end -> how much sooner, per seed -> an interval
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ class Curve:
         spent: Sequence[float] = getattr(self, unit)
         if self.top1[0] >= top1:
             return spent[0]
-        for before, after in zip(range(len(spent)), range(1, len(spent)), strict=False):
+        for before, after in itertools.pairwise(range(len(spent))):
             if self.top1[after] >= top1:
                 share = (top1 - self.top1[before]) / (self.top1[after] - self.top1[before])
                 return spent[before] + share * (spent[after] - spent[before])

@@ -221,8 +221,6 @@ FASHION = DataSet("fashion", 64, template="{}", retrieval=True)
 EUROSAT = DataSet("eurosat", 64, template="a satellite photo of {}.")
 FLICKR8K = DataSet("flickr8k", 64, retrieval=True, context_length=32)
 RSICD = DataSet("rsicd", 96, retrieval=True, context_length=32)
-
-
 CLASS_SETS = (CIFAR10, TINY_IMAGENET)
 
 

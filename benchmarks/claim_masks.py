@@ -34,33 +34,30 @@ RATIOS_IN_TURN = (RATIO, *(ratio for ratio in reversed(RATIOS) if ratio != RATIO
 SCHEDULES = (("cluster", "half random"), ("cluster", "late random"), ("glip", "growing"), ("flip", "two views"))
 STAGES = ("masked", "unmasked", "tuned")
 SIDES = ("this mask", "FLIP")
+NUM_RULES = 6  # that are read together, cluster among them before its settings are chosen
 
 
 def masks_claims(setting: Setting, results: Results) -> list[Claim]:
     """With the rows of cluster when its settings are chosen, and those of the best schedule likewise."""
     cluster = cluster_choice(setting).taken(results)
     schedule = schedule_choice(setting).taken(results)
-    first, others = RATIOS_IN_TURN[:1], RATIOS_IN_TURN[1:]
-    rows = {
-        "C7": ("Which mask, for which images", _rules(setting, cluster, first)),
-        "C7 retrieval": ("Which mask, where captions are long", _retrieval(setting, cluster)),
-        "C7 ratios": ("Which mask, at other ratios", _rules(setting, cluster, others)),
-    }
-    by_rule = [Claim(name, title, list(found), SIDES) for name, (title, found) in rows.items()]
+    confirmed = list(_confirmed(setting, schedule))
     best = Claim(
         "C7 best",
         "A mask that beats random patches on three other sets",
-        list(_confirmed(setting, schedule)),
+        confirmed,
         SIDES,
         seeds=CONFIRMING_SEEDS,
-        waits=schedule is None,
+        waits=not confirmed,
     )
+    first, others = (list(_rules(setting, cluster, ratios)) for ratios in (RATIOS_IN_TURN[:1], RATIOS_IN_TURN[1:]))
     return [
         _choice("C7 cluster", "Settings of the cluster mask, chosen on one set", cluster_choice(setting)),
         _choice("C7 schedules", "Masks that change while the model trains", schedule_choice(setting)),
-        by_rule[0],
+        Claim("C7", "Which mask, for which images", first, SIDES),
         best,
-        *by_rule[1:],
+        Claim("C7 retrieval", "Which mask, where captions are long", list(_retrieval(setting, cluster)), SIDES),
+        Claim("C7 ratios", "Which mask, at other ratios", others, SIDES),
     ]
 
 
@@ -120,7 +117,7 @@ def _rules(setting: Setting, cluster: Run | None, ratios: tuple[float, ...]) -> 
                 {"data": data.name, "ratio": f"{ratio:g}", "stage": stage, "mask": name},
                 [(run, flip(data.name, ratio))],
                 [f"{stage}.{data.splits[0]}.top1"],
-                comparisons=len(rules),
+                comparisons=NUM_RULES,
             )
 
 
@@ -137,13 +134,12 @@ def _confirmed(setting: Setting, schedule: Run | None) -> Iterator[Row]:
 def _retrieval(setting: Setting, cluster: Run | None) -> Iterator[Row]:
     sets = [data for data in (*setting.more_class_sets, *setting.more_retrieval_sets) if data.retrieval]
     for data in sets:
-        rules = rules_on(data, RATIO, cluster)
-        for name, run in rules.items():
+        for name, run in rules_on(data, RATIO, cluster).items():
             yield Row(
                 {"data": data.name, "figure": "mean of recalls", "stage": "tuned", "mask": name},
                 [(run, flip(data.name))],
                 [f"tuned.{data.splits[0]}.{recall}" for recall in RECALLS],
-                comparisons=len(rules),
+                comparisons=NUM_RULES,
             )
 
 

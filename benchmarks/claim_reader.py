@@ -9,18 +9,18 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from claim_curves import Curve, Sooner, lead_after_as_long, sooner
-from claim_design import RATIO, Claim
+from claim_design import RATIO
 from claim_judge import Judged, interval
 from claim_statistics import CONTRADICTED, NOT_ENOUGH, SHOWN
 from report import RESULTS, markdown
 
+NAMES = {"cifar10": "CIFAR-10", "tiny-imagenet": "Tiny-ImageNet", "fashion": "fashion", "eurosat": "EuroSAT"}
 KINDS = {
-    "cifar10": "things that fill the frame (CIFAR-10)",
-    "tiny-imagenet": "photos of 200 kinds of things (Tiny-ImageNet)",
-    "fashion": "products on white (fashion)",
-    "eurosat": "land from above (EuroSAT)",
+    "cifar10": "things that fill the frame",
+    "tiny-imagenet": "photos of 200 kinds of things",
+    "fashion": "products on white",
+    "eurosat": "land from above",
 }
-NAMES = {"cifar10": "CIFAR-10", "tiny-imagenet": "Tiny-ImageNet", "fashion": "product photos"}
 FIRST_MODEL, FIRST_RATIO = "vit_base_patch16_224", 0.75
 
 
@@ -32,7 +32,7 @@ def which_table(judged: Sequence[Judged], stage: str = "tuned") -> str:
         if labels["stage"] != stage or row.found is None or row.sides is None:
             continue
         cells = rows.setdefault((labels["data"], labels["ratio"]), {})
-        cells |= {"images": KINDS.get(labels["data"], labels["data"]), "dropped": labels["ratio"]}
+        cells |= {"images": _kind(labels["data"]), "dropped": labels["ratio"]}
         cells["FLIP"] = f"{row.sides[1]:.1f}"
         mark = "**" if row.verdict in (SHOWN, CONTRADICTED) else ""
         few = f" ({row.found.n} seeds)" if row.verdict == NOT_ENOUGH else ""
@@ -58,22 +58,18 @@ def which_sentence(judged: Sequence[Judged]) -> str:
         ahead = [row for row in rows if row.row.labels["data"] == data and row.verdict == SHOWN and row.found]
         if ahead:
             best = max(ahead, key=lambda row: row.found.mean if row.found else 0.0)
-            found.append(
-                f"{best.row.labels['mask']} was {interval(best.found, 1)} points ahead on {KINDS.get(data, data)}"
-            )
+            found.append(f"{best.row.labels['mask']} was {interval(best.found, 1)} points ahead on {_kind(data)}")
     others = len(tested) - len(found)
     said = "; ".join(found)
     if not found:
-        everywhere = ", ".join(KINDS.get(data, data) for data in tested)
+        everywhere = ", ".join(_kind(data) for data in tested)
         return f"{begin}: on {everywhere} no other mask was ahead of them by more than chance explains."
     kinds = "kind" if others == 1 else "kinds"
     level = f", and no mask was ahead of random on the other {others} {kinds} of images" if others else ""
     return f"{begin}; {said}{level}."
 
 
-def compute_table(
-    claim: Claim, judged: Sequence[Judged], curves: Mapping[str, Mapping[str, Mapping[int, Curve]]]
-) -> str:
+def compute_table(judged: Sequence[Judged], curves: Mapping[str, Mapping[str, Mapping[int, Curve]]]) -> str:
     """At equal operations: CLIP's accuracy and the masked one's, and how much sooner it is there."""
     rows = []
     for row in judged:
@@ -84,7 +80,7 @@ def compute_table(
         rows.append(
             {
                 "verdict": row.verdict,
-                "images": KINDS.get(data, data),
+                "images": _kind(data),
                 "method": method,
                 "CLIP, no mask": f"{row.sides[1]:.1f}",
                 "masked": f"{row.sides[0]:.1f}",
@@ -96,6 +92,11 @@ def compute_table(
             }
         )
     return markdown(pd.DataFrame(rows)) if rows else "Not run yet."
+
+
+def _kind(data: str) -> str:
+    """Of images, with the name of the set."""
+    return f"{KINDS[data]} ({NAMES[data]})" if data in KINDS else data
 
 
 def _said(found: Sooner | None) -> str:

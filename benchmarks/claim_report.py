@@ -10,9 +10,10 @@ its own. Nothing is computed but means, Student's t intervals, and the verdicts 
 import hashlib
 import json
 import math
+import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,13 @@ def main(records: Path = RECORDS, output: Path | None = None) -> None:
     for page in PAGES:
         page.write_text(fill(page.read_text(encoding="utf-8"), texts), encoding="utf-8")
     PLOTS.mkdir(exist_ok=True)
-    save_plots(found, setting, PLOTS)
+    save_plots(found, setting, PLOTS, shown_on_pages())
+
+
+def shown_on_pages() -> set[str]:
+    """The plots that the pages of the repository show, by name."""
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    return set(re.findall(r"\]\(claims/([\w-]+)\.png\)", pages))
 
 
 def save_report(records: Sequence[Record], setting: Setting, folder: Path) -> None:
@@ -95,8 +102,7 @@ def all_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
     texts["claims-summary"] = markdown(pd.DataFrame([summary[name] for name in sorted(summary)]))
     texts["claims-which"] = which_table([*judged["C7"], *judged["C7 ratios"]])
     texts["which-mask"] = which_sentence(judged["C7"])
-    compute = next(claim for claim in every if claim.name == "C0")
-    texts["claims-compute"] = compute_table(compute, judged["C0"], curves(records, setting, results))
+    texts["claims-compute"] = compute_table(judged["C0"], curves(records, setting, results))
     texts["first-numbers"] = first_numbers(judged["C0"])
     texts["claims-origin"] = origin(records)
     return texts
@@ -254,8 +260,8 @@ def origin(records: Sequence[Record]) -> str:
     return "\n".join([f"{len(records)} records, {hours:.1f} hours in all, with one thread per training:", "", *lines])
 
 
-def save_plots(records: Sequence[Record], setting: Setting, folder: Path) -> None:
-    """A plot for every claim that has results, which carries the digest of what it shows."""
+def save_plots(records: Sequence[Record], setting: Setting, folder: Path, names: Collection[str] | None = None) -> None:
+    """A plot for every claim that has results, or for those of `names`; it carries the digest of what it shows."""
     results = results_by_run(records, setting)
     figures = {}
     for claim in claims(setting, results):
@@ -266,8 +272,9 @@ def save_plots(records: Sequence[Record], setting: Setting, folder: Path) -> Non
         figures[CURVES] = plot_curves(found)
     figures[COSTS.name] = plot_costs(judge_costs(records, setting))
     for name, figure in figures.items():
-        metadata = {"Records": records_digest(records)}
-        figure.savefig(folder / f"{name.replace(' ', '-')}.png", dpi=120, metadata=metadata)
+        stem = name.replace(" ", "-")
+        if names is None or stem in names:
+            figure.savefig(folder / f"{stem}.png", dpi=120, metadata={"Records": records_digest(records)})
 
 
 def records_digest(records: Sequence[Record]) -> str:

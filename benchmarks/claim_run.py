@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,7 @@ def length_of(run: Run, setting: Setting) -> Length:
     return Length(max(1, round((run.budget - tuning_steps) / cost)), tuning_steps, cost)
 
 
-def train_and_evaluate(
-    run: Run,
-    figures: Collection[str],
-    setting: Setting,
-    folder: Path,
-    advance: Callable[[float], object] = lambda share: None,
-) -> Outcome:
+def train_and_evaluate(run: Run, figures: Collection[str], setting: Setting, folder: Path) -> Outcome:
     """Every figure of the run, and no other; the linear probe only if it is among `figures`.
 
     The initial weights, the batches and their order depend on the seed alone, so two runs with the same seed and data
@@ -84,7 +78,6 @@ def train_and_evaluate(
 
     Args:
         folder: with the data sets.
-        advance: told after every step which share of the run's steps it was.
     """
     data, test = train_data(run, setting, folder), test_data(run, setting, folder)
     config = setting.recipe_of(run)
@@ -127,10 +120,8 @@ def train_and_evaluate(
     steps = itertools.count(1)
 
     def change(images: int, tuning: bool) -> None:
-        step = next(steps)
         if not tuning:
-            masks.change(model.visual, step / length.steps)
-        advance(1 / (length.steps + length.tuning_steps))
+            masks.change(model.visual, next(steps) / length.steps)
 
     with_curve = run.budget == setting.budget  # and not of the short runs by which a learning rate is chosen
     training, tuning = pretrain_and_tune(

@@ -25,8 +25,7 @@ import os
 import sys
 import tempfile
 import time
-import unittest.mock
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -38,7 +37,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from claim_costs import CONTENDERS, CURVE_CONTENDERS, CURVE_COSTS, measure_costs
+from claim_compute import methods_on, sets
+from claim_costs import BASELINE, CURVE_COSTS, measure_costs, papers_runs
 from claim_design import SCENES, Claim, DataSet, Run, Setting, full_setting, smoke_setting
 from claim_plan import claims, plan, work
 from claim_records import (
@@ -58,7 +58,8 @@ from machine import describe_machine, git_commit, versions
 from tqdm import tqdm
 from user_errors import UserError, one_line
 
-COSTS = "C2"
+COSTS, CURVES = "C2", "C0"  # claims that take measured seconds
+NO_BARS = "TQDM_DISABLE"
 
 
 @dataclass(frozen=True)
@@ -122,24 +123,24 @@ def _run(config: Config, setting: Setting, folder: Path, seeds: Sequence[int]) -
     file = config.output / "claims.jsonl"
     records = read(file)
     if config.plan:
-        print(describe(_wanted(config, setting, records), setting, seeds, records))
+        print(describe(_wanted(config, setting, records), setting, seeds, records, config.sets))
         return
-    _wanted(config, setting, records)
     for name in config.sets:
         if name not in setting.data_names:
             raise UserError(f"sets must be of {', '.join(sorted(setting.data_names))}, got {name!r}")
     _check_data(folder, _needed(config, setting, records, seeds), setting)  # before anything is measured
     config.output.mkdir(parents=True, exist_ok=True)
     commit = git_commit()  # before this program changes a file
-    models = {name: (recipe, CONTENDERS) for name, recipe in setting.cost_models.items()}
+
+    def measure(name: str, runs: Sequence[Run], call: Callable[..., Record]) -> None:
+        if costs_of(records, name, setting) is None:
+            print(f"measuring the costs of {name}", flush=True)
+            records.append(call(costs_record, name, setting, runs, commit))
+            write(file, records)
+
     if _asked_for(config, COSTS):
-        for name, (recipe, contenders) in (models | {CURVE_COSTS: (setting.recipe, CURVE_CONTENDERS)}).items():
-            if costs_of(records, name, setting) is None:
-                print(f"measuring the costs of {name}", flush=True)
-                started = time.monotonic()
-                costs = measure_costs(recipe, setting.cost_rounds, contenders)
-                records.append(costs_keys(name, setting) | costs | circumstances(commit, recipe.device, started))
-                write(file, records)
+        for name in setting.cost_models:
+            measure(name, papers_runs(setting.class_sets[0].name), lambda function, *args: function(*args))
     until = time.monotonic() + 60 * config.minutes if config.minutes is not None else math.inf
     with _pool(config, setting) as pool:
         # A claim whose settings are chosen by runs has its rows only when these have ended.
@@ -148,13 +149,21 @@ def _run(config: Config, setting: Setting, folder: Path, seeds: Sequence[int]) -
             if not train_all(pool, setting, folder, needed, records, file, commit, until):
                 print("not all of the runs are done: call the same once more to go on")
                 break
+        else:
+            if _asked_for(config, CURVES):  # with the threads that the runs had, and none of them at the same time
+                methods = methods_on(sets(setting)[0], setting, results_by_run(records, setting)).values()
+                masked = [run for run in methods if run.method != BASELINE]
+                measure(CURVE_COSTS, masked, lambda *call: pool.executor.submit(*call).result())
     save_report(records, setting, config.output)
     print(f"left in {config.output}: {', '.join(sorted(path.name for path in config.output.iterdir()))}")
 
 
 def _needed(config: Config, setting: Setting, records: Sequence[Record], seeds: Sequence[int]) -> dict[Run, set[str]]:
-    left = pending(plan(_wanted(config, setting, records), seeds), setting, records)
-    return {run: figures for run, figures in left.items() if not config.sets or run.data in config.sets}
+    return pending(_on(config.sets, plan(_wanted(config, setting, records), seeds)), setting, records)
+
+
+def _on(sets: Sequence[str], runs: dict[Run, set[str]]) -> dict[Run, set[str]]:
+    return {run: figures for run, figures in runs.items() if not sets or run.data in sets}
 
 
 def _wanted(config: Config, setting: Setting, records: Sequence[Record]) -> list[Claim]:
@@ -196,13 +205,16 @@ class Pool:
 def _pool(config: Config, setting: Setting) -> Iterator[Pool]:
     on_cpu = setting.recipe.device == "cpu"
     size = config.workers or (os.cpu_count() or 1 if on_cpu else 1)
-    quiet = {"TQDM_DISABLE": "1"}  # of the workers: there is one bar for all runs
     initializer = functools.partial(torch.set_num_threads, 1) if on_cpu else None
-    with (
-        unittest.mock.patch.dict(os.environ, quiet),
-        ProcessPoolExecutor(size, get_context("spawn"), initializer) as executor,
-    ):
-        yield Pool(executor, size)
+    before = os.environ.get(NO_BARS)
+    os.environ[NO_BARS] = "1"  # read by tqdm when a worker imports it: there is one bar for all runs
+    try:
+        with ProcessPoolExecutor(size, get_context("spawn"), initializer) as executor:
+            yield Pool(executor, size)
+    finally:
+        del os.environ[NO_BARS]
+        if before is not None:
+            os.environ[NO_BARS] = before
 
 
 def train_all(
@@ -254,6 +266,14 @@ def record_of(run: Run, figures: set[str], setting: Setting, folder: Path, commi
     return training_keys(run, setting) | found | circumstances(commit, setting.recipe.device, started)
 
 
+def costs_record(name: str, setting: Setting, runs: Sequence[Run], commit: str | None) -> Record:
+    """Measure, here or in a worker."""
+    started = time.monotonic()
+    recipe = setting.cost_models.get(name, setting.recipe)
+    costs = measure_costs(recipe, setting.cost_rounds, runs)
+    return costs_keys(name, setting) | costs | circumstances(commit, recipe.device, started)
+
+
 def circumstances(commit: str | None, device: str, started: float) -> Record:
     return {
         "seconds": round(time.monotonic() - started, 1),
@@ -264,12 +284,18 @@ def circumstances(commit: str | None, device: str, started: float) -> Record:
     }
 
 
-def describe(wanted: Sequence[Claim], setting: Setting, seeds: Sequence[int], records: Sequence[Record]) -> str:
+def describe(
+    wanted: Sequence[Claim],
+    setting: Setting,
+    seeds: Sequence[int],
+    records: Sequence[Record],
+    sets: Sequence[str] = (),
+) -> str:
     """The plan: how many runs each claim adds to those before it, how many of them are left, and for how long."""
     planned: dict[Run, set[str]] = {}
     rows = []
     for claim in wanted:
-        added = {run: figures for run, figures in plan([claim], seeds).items() if run not in planned}
+        added = {run: figures for run, figures in _on(sets, plan([claim], seeds)).items() if run not in planned}
         planned |= added
         left = pending(added, setting, records)
         hours = sum(work(run, setting) for run in left) / speed(records, setting) / 3600

@@ -22,7 +22,7 @@ from arithmetic import Tower
 from claim_compute import LEARNING_RATES, long_runs
 from claim_costs import CURVE_COSTS
 from claim_curves import Curve, sooner
-from claim_design import CIFAR10, Choice, Claim, Row, Run, flip, full_setting, smoke_setting
+from claim_design import CIFAR10, Choice, Row, Run, flip, full_setting, smoke_setting
 from claim_judge import Judged
 from claim_masks import cluster_choice
 from claim_plan import claims, plan
@@ -293,13 +293,12 @@ class TestReader:
     def test_the_table_of_compute_has_a_row_for_every_method_that_ran(self):
         labels = {"data": "cifar10", "method": "FLIP"}
         row = Row(labels, [(flip("cifar10"), Run("cifar10", "clip", 0.0))], ["tuned.test.top1"], primary=True)
-        claim = Claim("C0", "", [row], ("masked", "CLIP"))
         found = Judged(row, (55.0, 45.0), difference([10.0, 11.0, 9.0, 10.0, 10.0]))
         clip = {seed: Curve([100, 300], None, [10.0, 30.0]) for seed in range(3)}
         fast = {seed: Curve([100, 200], None, [10.0, 50.0]) for seed in range(3)}
-        table = claim_reader.compute_table(claim, [found], {"cifar10": {"CLIP": clip, "FLIP": fast}})
+        table = claim_reader.compute_table([found], {"cifar10": {"CLIP": clip, "FLIP": fast}})
         assert (
             "| shown | things that fill the frame (CIFAR-10) | FLIP | 45.0 | 55.0 | +10.0 [+9.1, +10.9] | – |" in table
         )
         assert "| 2.00× [2.00, 2.00] | – | 5 |" in table
-        assert claim_reader.compute_table(claim, [Judged(row)], {}) == "Not run yet."
+        assert claim_reader.compute_table([Judged(row)], {}) == "Not run yet."
