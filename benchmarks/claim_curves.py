@@ -130,18 +130,18 @@ def _pairs(of_methods: Mapping[str, Mapping[int, Curve]], method: str, unit: str
 
 
 def plot_curves(found: Mapping[str, Mapping[str, Mapping[int, Curve]]]) -> Figure:
-    """Accuracy over operations and over seconds: a thin line per seed, a thick one for their mean."""
+    """Accuracy on whole images over operations and over seconds, a row per set; a thin line per seed, a thick one for
+    their mean. There must be a curve."""
     units = [unit for unit in UNITS if any(_known(found, unit))]
-    figure = Figure(figsize=(3.4 * max(1, len(found)), 2.9 * max(1, len(units))), layout="constrained")
-    axes = figure.subplots(max(1, len(units)), max(1, len(found)), squeeze=False)
-    for row, unit in zip(axes, units, strict=False):
-        for axis, (data, methods) in zip(row, found.items(), strict=True):
+    figure = Figure(figsize=(3.6 * len(units), 2.9 * len(found)), layout="constrained")
+    axes = figure.subplots(len(found), len(units), squeeze=False)
+    for row, (data, methods) in zip(axes, found.items(), strict=True):
+        for axis, unit in zip(row, units, strict=True):
             for number, (name, of_seeds) in enumerate(methods.items()):
                 _draw(axis, list(of_seeds.values()), unit, f"C{number}", name)
             axis.set(xlabel=UNITS[unit], title=data)
-        row[0].set_ylabel("zero-shot top-1, whole images (%)")
-    if found:
-        axes[0, 0].legend(fontsize="small")
+        row[0].set_ylabel("zero-shot top-1 (%)")
+    axes[0, 0].legend(fontsize="small")
     return figure
 
 

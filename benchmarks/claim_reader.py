@@ -80,10 +80,10 @@ def compute_table(judged: Sequence[Judged], curves: Mapping[str, Mapping[str, Ma
         rows.append(
             {
                 "verdict": row.verdict,
-                "images": _kind(data),
-                "method": method,
-                "CLIP, no mask": f"{row.sides[1]:.1f}",
-                "masked": f"{row.sides[0]:.1f}",
+                "images": NAMES.get(data, data),
+                "mask": method,
+                "without": f"{row.sides[1]:.1f}",
+                "with": f"{row.sides[0]:.1f}",
                 "difference (95 %)": interval(row.found, 1),
                 "at equal seconds": interval(lead_after_as_long(of_methods, method, "seconds"), 1),
                 "as soon, by operations": _said(sooner(of_methods, method, "operations")),

@@ -297,8 +297,6 @@ class TestReader:
         clip = {seed: Curve([100, 300], None, [10.0, 30.0]) for seed in range(3)}
         fast = {seed: Curve([100, 200], None, [10.0, 50.0]) for seed in range(3)}
         table = claim_reader.compute_table([found], {"cifar10": {"CLIP": clip, "FLIP": fast}})
-        assert (
-            "| shown | things that fill the frame (CIFAR-10) | FLIP | 45.0 | 55.0 | +10.0 [+9.1, +10.9] | – |" in table
-        )
+        assert "| shown | CIFAR-10 | FLIP | 45.0 | 55.0 | +10.0 [+9.1, +10.9] | – |" in table
         assert "| 2.00× [2.00, 2.00] | – | 5 |" in table
         assert claim_reader.compute_table([Judged(row)], {}) == "Not run yet."
