@@ -375,11 +375,13 @@ class TestCommand:
     def test_a_second_call_repeats_nothing_and_goes_on_where_the_first_stopped(self, output, capsys):
         file = output / "claims.jsonl"
         records = read(file)
-        write(file, records[:-2])
+        lost = [record for record in records if record["kind"] == "training"][-2:]
+        kept = [record for record in records if record not in lost]
+        write(file, kept)
         claims.main(claims.Config(smoke=True, output=output, workers=1))
         assert "2 of 2 runs" in capsys.readouterr().out
         again = read(file)
-        assert again[:-2] == records[:-2]
+        assert again[:-2] == kept
         results = [[json.dumps(one["results"]) for one in some if "results" in one] for some in (again, records)]
         assert sorted(results[0]) == sorted(results[1])
 
