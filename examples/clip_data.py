@@ -117,7 +117,7 @@ def load_shards(
     places = expand(shards)
     problems: list[str] = []
     samples = _complete(raw_samples(places, problems.append), problems)
-    classnames = classnames or _classnames_beside(places[0])
+    classnames = classnames or classnames_beside(places[0])
     data = _in_memory(samples, places[0], image_size, classnames, templates, limit)
     if problems:
         print(f"skipped {len(problems)} broken samples or shards, the first one: {problems[0]}", file=sys.stderr)
@@ -200,10 +200,11 @@ def _at_most(samples: Iterable[Any], limit: int | None) -> Iterator[Any]:
         yield sample
 
 
-def _classnames_beside(shard: str) -> list[str]:
+def classnames_beside(shard: str) -> list[str]:
+    """What `meta.json` (`"classes"`) or `classnames.txt` in the folder of a local shard say, or nothing."""
     folder = Path(shard).parent
     if (folder / "meta.json").is_file():
-        return list(json.loads((folder / "meta.json").read_text()).get("classes", []))
+        return list(json.loads((folder / "meta.json").read_text(encoding="utf-8")).get("classes", []))
     if (folder / "classnames.txt").is_file():
-        return (folder / "classnames.txt").read_text().splitlines()
+        return (folder / "classnames.txt").read_text(encoding="utf-8").splitlines()
     return []

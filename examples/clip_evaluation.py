@@ -1,5 +1,7 @@
 """What a CLIP model has learnt: zero-shot classification, image-text retrieval, and a linear probe of its features.
 
+Sets are small and lie in memory, except for ImageNet's, whose images are read each time (see clip_imagenet.py).
+
 Under torch.distributed every process encodes its share of the images and captions, and all of them get all features.
 The generators of the training are left as they were, so that an evaluation changes nothing that comes after it.
 """
@@ -7,19 +9,24 @@ The generators of the training are left as they were, so that an evaluation chan
 import contextlib
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
 
 import open_clip
 import torch
 import torch.distributed as dist
 from clip_data import CaptionedImages, load
+from clip_imagenet import UNREADABLE, ImageNet, load_imagenet
 from clip_step import autocast
+from open_clip.transform import PreprocessCfg
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from tqdm import tqdm
+from user_errors import UserError
 
 import gaussmask
 
@@ -44,6 +51,7 @@ class Encoder:
         mean, std: of the pixels, as shares of 255.
         batch_size: of one forward.
         seed: of the masks of a masked evaluation.
+        workers: of each process, which read ImageNet's images.
     """
 
     model: Any
@@ -54,15 +62,19 @@ class Encoder:
     std: Sequence[float] = HALF
     batch_size: int = 500
     seed: int = 0
+    workers: int = 0
+    _tokens: dict[tuple[str, ...], Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def images(self, images: Tensor, *, normalize: bool = True) -> Tensor:
         """Features (N, D) float32 of uint8 images (N, 3, H, W)."""
+        return self._encode(len(images), lambda rows: self.batch(images[rows], normalize=normalize))
 
-        def encode(rows: Tensor) -> Tensor:
-            pixels = to_floats(images[rows], self.device, self.mean, self.std)
-            return self.model.encode_image(pixels, normalize=normalize)
-
-        return self._encode(len(images), encode)
+    def batch(self, images: Tensor, *, normalize: bool = True) -> Tensor:
+        """Features (B, D) float32 of a batch of uint8 images (B, 3, H, W), by this process alone."""
+        with torch.no_grad(), autocast(self.precision, self.device):
+            pixels = to_floats(images, self.device, self.mean, self.std)
+            features: Tensor = self.model.encode_image(pixels, normalize=normalize)
+            return features.float()
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Normalised features (N, D) float32 of N captions."""
@@ -75,10 +87,18 @@ class Encoder:
 
     def classifier(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
         """open_clip's zero-shot classifier (D, C)."""
+
+        def tokenize(prompts: list[str]) -> Tensor:
+            """Once: the 80,000 prompts of ImageNet take open_clip's tokenizer as long as the rest of an evaluation."""
+            key = tuple(prompts)
+            if key not in self._tokens:
+                self._tokens[key] = self.tokenize(prompts)
+            return self._tokens[key]
+
         with torch.no_grad(), autocast(self.precision, self.device):
             weights = open_clip.build_zero_shot_classifier(
                 self.model,
-                self.tokenize,
+                tokenize,
                 classnames,
                 [template.format for template in templates],
                 num_classes_per_batch=10 if len(classnames) > 10 else None,
@@ -118,27 +138,59 @@ def evaluating(encoder: Encoder, *, masked: bool = False) -> Iterator[None]:
             encoder.model.train(training)
 
 
+class EvaluationData(TypedDict, total=False):
+    """What a model is evaluated on, by purpose."""
+
+    zero_shot: CaptionedImages
+    probe: CaptionedImages
+    retrieval: CaptionedImages
+    imagenet: ImageNet
+
+
 def load_evaluation(
-    image_size: int, *, zero_shot: str | None, probe: str | None, retrieval: str | None
-) -> dict[str, CaptionedImages]:
-    """The images that a model is evaluated on, by purpose, from the places that `clip_data.load` takes.
+    image_size: int,
+    *,
+    zero_shot: str | None,
+    probe: str | None,
+    retrieval: str | None,
+    imagenet: str | None = None,
+    imagenet_templates: Literal["openai", "simple"] = "openai",
+    preprocessing: PreprocessCfg | None = None,
+) -> EvaluationData:
+    """The images that a model is evaluated on.
+
+    Args:
+        zero_shot, probe, retrieval: places that `clip_data.load` takes.
+        imagenet, imagenet_templates: see `clip_imagenet.load_imagenet`.
+        preprocessing: how ImageNet's images are resized; open_clip's default if not given.
 
     Raises:
         ValueError: when a set lacks the labels, or the class names, that its purpose needs.
     """
-    sources = {"zero_shot": zero_shot, "probe": probe, "retrieval": retrieval}
-    data = {
-        name: load(source, image_size=image_size, train=name == "probe") for name, source in sources.items() if source
-    }
-    for name in ("zero_shot", "probe"):
-        if name in data and data[name].labels is None:
-            raise ValueError(f"{name} {sources[name]} has no labels (KEY.cls)")
-    if "zero_shot" in data and not data["zero_shot"].classnames:
-        raise ValueError(f"zero_shot {zero_shot} has no class names: put a meta.json or classnames.txt beside it")
+    data: EvaluationData = {}
+    if zero_shot:
+        data["zero_shot"] = _labelled("zero_shot", zero_shot, image_size)
+        if not data["zero_shot"].classnames:
+            raise ValueError(f"zero_shot {zero_shot} has no class names: put a meta.json or classnames.txt beside it")
+    if probe:
+        data["probe"] = _labelled("probe", probe, image_size)
+    if retrieval:
+        data["retrieval"] = load(retrieval, image_size=image_size, train=False)
+    if imagenet:
+        data["imagenet"] = load_imagenet(
+            imagenet, image_size, preprocessing=preprocessing or PreprocessCfg(), templates=imagenet_templates
+        )
     return data
 
 
-def evaluate(encoder: Encoder, data: dict[str, CaptionedImages], *, masked: bool) -> dict[str, float]:
+def _labelled(purpose: str, source: str, image_size: int) -> CaptionedImages:
+    data = load(source, image_size=image_size, train=purpose == "probe")
+    if data.labels is None:
+        raise ValueError(f"{purpose} {source} has no labels (KEY.cls)")
+    return data
+
+
+def evaluate(encoder: Encoder, data: EvaluationData, *, masked: bool) -> dict[str, float]:
     """Every figure that the data allows, in percent."""
     found: dict[str, float] = {}
     if "zero_shot" in data:
@@ -146,6 +198,9 @@ def evaluate(encoder: Encoder, data: dict[str, CaptionedImages], *, masked: bool
         if masked:
             accuracies = zero_shot(encoder, data["zero_shot"], masked=True)
             found |= {f"zero_shot_masked_{name}": value for name, value in accuracies.items()}
+    if "imagenet" in data:
+        accuracies = imagenet_zero_shot(encoder, data["imagenet"], masked=masked)
+        found |= {f"imagenet_{name}": value for name, value in accuracies.items()}
     if "probe" in data:
         found["linear_probe"] = linear_probe(encoder, data["probe"], data["zero_shot"])
     if "retrieval" in data:
@@ -166,6 +221,50 @@ def zero_shot(encoder: Encoder, data: CaptionedImages, *, masked: bool = False) 
         guesses = (encoder.images(data.images) @ classifier).topk(min(5, classifier.shape[1]), dim=1).indices.cpu()
     hits = guesses == data.labels[:, None]
     return {"top1": _percent(hits[:, 0]), "top5": _percent(hits.any(dim=1))}
+
+
+def imagenet_zero_shot(encoder: Encoder, data: ImageNet, *, masked: bool = False) -> dict[str, float]:
+    """`top1` and `top5` as of `zero_shot`, over the images that can be read.
+
+    The processes take the batches in turn, and each batch has a seed for its masks: neither the number of processes nor
+    that of their workers changes a figure.
+
+    Args:
+        masked: also `masked_top1` and `masked_top5`, with patches dropped as in training.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batches = [rows.tolist() for rows in torch.arange(len(data)).split(encoder.batch_size)]
+    # Everyone has as many turns, as FSDP wants; whoever has no batch left takes the last one, and doesn't count it.
+    turns = range(rank, math.ceil(len(batches) / world_size) * world_size, world_size)
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_sampler=[batches[min(turn, len(batches) - 1)] for turn in turns],
+        num_workers=encoder.workers,
+        pin_memory=encoder.device.startswith("cuda"),
+        generator=torch.Generator(),
+    )
+    with evaluating(encoder):
+        classifier = encoder.classifier(data.classnames, data.templates)
+    prefixes = {"": False, "masked_": True} if masked else {"": False}
+    counts = dict.fromkeys(["readable", *(f"{prefix}top{k}" for prefix in prefixes for k in (1, 5))], 0)
+    for turn, (images, labels, problems) in zip(turns, loader, strict=True):
+        readable = labels != UNREADABLE if turn < len(batches) else torch.zeros_like(labels, dtype=torch.bool)
+        counts["readable"] += int(readable.sum())
+        for prefix, drop in prefixes.items():
+            with evaluating(encoder, masked=drop):
+                torch.manual_seed(encoder.seed + turn)
+                guesses = (encoder.batch(images) @ classifier).topk(5, dim=1).indices.cpu()
+            hits = (guesses == labels[:, None])[readable]
+            counts[f"{prefix}top1"] += int(hits[:, 0].sum())
+            counts[f"{prefix}top5"] += int(hits.any(dim=1).sum())
+        for problem in filter(None, problems if turn < len(batches) else []):
+            tqdm.write(f"skipped {problem}", file=sys.stderr)
+    total = torch.tensor(list(counts.values()), dtype=torch.float64, device=encoder.device)
+    if world_size > 1:
+        dist.all_reduce(total)
+    if total[0] == 0:
+        raise UserError("none of the images of imagenet can be read")
+    return dict(zip(list(counts)[1:], (100 * total[1:] / total[0]).tolist(), strict=True))
 
 
 def retrieval(encoder: Encoder, data: CaptionedImages, *, masked: bool = False) -> dict[str, float]:

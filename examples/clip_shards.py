@@ -29,6 +29,14 @@ class Sample(NamedTuple):
     label: int | None
 
 
+class Pair(NamedTuple):
+    """An image (a file, or uint8 (3, H, W)), its captions (at least one), and where it was found."""
+
+    image: Any
+    captions: list[str]
+    place: str
+
+
 def expand(shards: str | Sequence[str]) -> list[str]:
     """The single shards of `"a-{000..012}.tar"`, `"folder/*.tar"`, `"one.tar::two.tar"`, URLs, or a list of these.
 
@@ -82,27 +90,40 @@ def raw_samples(shards: Sequence[str], report: Report) -> Iterator[RawSample]:
                 skip(error)
 
 
-def parse(raw: RawSample) -> Sample:
-    """Decode one sample.
+def read_pair(raw: RawSample) -> Pair:
+    """One sample, its image not decoded.
 
     Raises:
-        ValueError: when it lacks an image or a caption, or they can't be decoded. The message names the sample.
+        ValueError: when it lacks an image or a caption. The message names the sample.
     """
     place = f"{raw.get('__url__')}, sample {raw.get('__key__')}"
     image = next((raw[suffix] for suffix in IMAGE_SUFFIXES if suffix in raw), None)
     if image is None:
         raise ValueError(f"{place}: no image")
     try:
-        captions = [caption for caption in _captions(raw) if caption]
-        label = int(raw["cls"]) if "cls" in raw else None
-        if captions:
-            return Sample(Image.open(io.BytesIO(image)).convert("RGB"), captions, label)
-    except Exception as error:  # whatever a decoder raises on bytes that are not what they should be
+        captions = [caption for caption in captions_of(raw) if caption]
+    except Exception as error:  # whatever is raised on bytes that are not what they should be
         raise ValueError(f"{place}: {error}") from error
-    raise ValueError(f"{place}: no caption")
+    if not captions:
+        raise ValueError(f"{place}: no caption")
+    return Pair(image, captions, place)
 
 
-def _captions(raw: RawSample) -> list[str]:
+def parse(raw: RawSample) -> Sample:
+    """Decode one sample.
+
+    Raises:
+        ValueError: when it lacks an image or a caption, or they can't be decoded. The message names the sample.
+    """
+    pair = read_pair(raw)
+    try:
+        label = int(raw["cls"]) if "cls" in raw else None
+        return Sample(Image.open(io.BytesIO(pair.image)).convert("RGB"), pair.captions, label)
+    except Exception as error:  # as in read_pair
+        raise ValueError(f"{pair.place}: {error}") from error
+
+
+def captions_of(raw: RawSample) -> list[str]:
     several = json.loads(raw["json"]).get("captions", []) if "json" in raw else []
     texts = several or ([raw["txt"].decode()] if "txt" in raw else [])
     return [text.strip() for text in texts]

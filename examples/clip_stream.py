@@ -1,13 +1,14 @@
 """Endless, shuffled batches for training, which go on exactly where an interrupted run stopped.
 
     shards ---.
-               > samples of one worker -> skip what was seen -> decode, augment, tokenize -> batches
+               > samples of one worker -> skip what was seen -> decode, crop, tokenize -> batches
     memory ---'
 
 The order of the samples and the augmentation of each follow from the seed alone, so all that a checkpoint needs is how
 far every worker has come. Each batch carries that, and what its worker had to skip on the way.
 """
 
+import contextlib
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +18,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import webdataset
 from clip_data import CaptionedImages
-from clip_shards import RawSample, Report, Sample, parse, raw_samples
-from PIL import Image
+from clip_images import EncodedCrop, EncodedCrops, RandomCrop, collate
+from clip_shards import Pair, RawSample, Report, raw_samples, read_pair
 from torch import Tensor
-from torchvision.transforms import functional as pixels
 from user_errors import UserError
 
 
@@ -30,8 +30,8 @@ class Source(Protocol):
     def samples(self, epoch: int, consumer: int, consumers: int, report: Report) -> Iterator[Any]:
         """One pass over the data, in an order that depends on the seed and `epoch` only."""
 
-    def parse(self, raw: Any) -> Sample:
-        """Decode one of them; ValueError if it is broken."""
+    def parse(self, raw: Any) -> Pair:
+        """Image and captions of one of them; ValueError if it lacks either."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Shards:
         found = itertools.islice(raw_samples(shards, report), first, None, every)
         return iter(webdataset.shuffle(self.shuffle, initial=self.shuffle, rng=own)(found))
 
-    def parse(self, raw: RawSample) -> Sample:
-        return parse(raw)
+    def parse(self, raw: RawSample) -> Pair:
+        return read_pair(raw)
 
 
 @dataclass(frozen=True)
@@ -84,24 +84,23 @@ class Memory:
         random.Random(f"{self.seed} rows {epoch}").shuffle(rows)
         return iter(rows[consumer::consumers])
 
-    def parse(self, raw: int) -> Sample:
+    def parse(self, raw: int) -> Pair:
         captions = self.data.all_captions[raw] if self.data.all_captions else [self.data.captions[raw]]
-        label = None if self.data.labels is None else int(self.data.labels[raw])
-        return Sample(pixels.to_pil_image(self.data.images[raw]), list(captions), label)
+        return Pair(self.data.images[raw], list(captions), f"image {raw}")
 
 
 class Batch(NamedTuple):
     """What a model takes, and where the reading stands.
 
     Args:
-        images: (B, 3, H, W) float32.
+        images: (B, 3, H, W) uint8, or what `clip_images.decode_on` makes that of.
         tokens: (B, L) int64.
         worker: that made the batch.
         position: pass over the data, and samples of this pass that the worker has taken so far.
         skipped: a sentence for everything that the worker skipped since its last batch.
     """
 
-    images: Tensor
+    images: Tensor | EncodedCrops
     tokens: Tensor
     worker: int
     position: tuple[int, int]
@@ -132,15 +131,16 @@ class CaptionStream(torch.utils.data.IterableDataset[Batch]):
     """The batches of one process, for a `DataLoader` with `batch_size=None`, from `progress` on.
 
     Args:
-        transform: image to (3, H, W) float32; may draw from torch's and Python's generators.
-        tokenize: a list of strings to (B, L) int64.
+        crop: what becomes of an image; draws from torch's generator.
+        tokenize: a list of strings to (B, L) int64; gets one at a time, and may draw from torch's and Python's
+            generators.
         random_captions: take any of an image's captions instead of its first one.
     """
 
     def __init__(
         self,
         source: Source,
-        transform: Callable[[Image.Image], Tensor],
+        crop: RandomCrop,
         tokenize: Callable[[list[str]], Tensor],
         *,
         batch_size: int,
@@ -151,7 +151,7 @@ class CaptionStream(torch.utils.data.IterableDataset[Batch]):
         progress: Progress | None = None,
     ) -> None:
         self.source = source
-        self.transform = transform
+        self.crop = crop
         self.tokenize = tokenize
         self.batch_size = batch_size
         self.seed = seed
@@ -167,8 +167,7 @@ class CaptionStream(torch.utils.data.IterableDataset[Batch]):
         worker = (worker + self.progress.batches) % num_workers
         consumer, consumers = self.rank * num_workers + worker, self.world_size * num_workers
         first_epoch, seen = self.progress.positions.get(worker, (0, 0))
-        images: list[Tensor] = []
-        captions: list[str] = []
+        pairs: list[tuple[Tensor | EncodedCrop, Tensor, str]] = []
         skipped: list[str] = []
         taken = 0
 
@@ -183,16 +182,16 @@ class CaptionStream(torch.utils.data.IterableDataset[Batch]):
                 if taken <= seen:
                     continue
                 try:
-                    image, caption = self._prepare(raw, f"{self.seed} {epoch} {consumer} {taken}")
+                    pairs.append(self._prepare(raw, f"{self.seed} {epoch} {consumer} {taken}"))
                 except ValueError as error:
                     skipped.append(str(error))
                     continue
                 complete += 1
-                images.append(image)
-                captions.append(caption)
-                if len(images) == self.batch_size:
-                    yield Batch(torch.stack(images), self.tokenize(captions), worker, (epoch, taken), skipped)
-                    images, captions, skipped = [], [], []
+                if len(pairs) == self.batch_size:
+                    images, tokens, places = zip(*pairs, strict=True)
+                    batch = collate(images, places, self.crop.shape)
+                    yield Batch(batch, torch.stack(tokens), worker, (epoch, taken), skipped)
+                    pairs, skipped = [], []
             if complete == 0:
                 cause = f"; for example {skipped[-1]}" if skipped else ""
                 raise UserError(
@@ -201,15 +200,46 @@ class CaptionStream(torch.utils.data.IterableDataset[Batch]):
                 )
             seen = 0
 
-    def _prepare(self, raw: Any, seed: str) -> tuple[Tensor, str]:
-        """Decode and augment a sample, with random numbers of its own."""
-        sample = self.source.parse(raw)
+    def _prepare(self, raw: Any, seed: str) -> tuple[Tensor | EncodedCrop, Tensor, str]:
+        """Crop and tokens of a sample, with random numbers of its own, and its place."""
+        pair = self.source.parse(raw)
         own = random.Random(seed)
-        caption = own.choice(sample.captions) if self.random_captions else sample.captions[0]
-        state = random.getstate()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(own.getrandbits(63))  # and not CUDA's, from which masks are drawn
-            random.seed(own.getrandbits(63))
-            image = self.transform(sample.image)
-        random.setstate(state)
-        return image, caption
+        caption = own.choice(pair.captions) if self.random_captions else pair.captions[0]
+        with _drawing_from(own):
+            try:
+                image = self.crop(pair.image)
+            except ValueError as error:
+                raise ValueError(f"{pair.place}: {error}") from error
+            tokens = self.tokenize([caption])[0]
+        return image, tokens, pair.place
+
+
+@contextlib.contextmanager
+def _drawing_from(own: random.Random) -> Iterator[None]:
+    """torch's and Python's generators begin with seeds of `own`, and are afterwards what they were."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(own.getrandbits(63))  # and not CUDA's, from which masks are drawn
+        random.seed(own.getrandbits(63))
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
+def open_loader(stream: CaptionStream, *, workers: int, prefetch: int = 2, pin: bool = False) -> Any:
+    """The batches of `stream`, made by other processes ahead of time.
+
+    Args:
+        workers: so many processes; 0 makes every batch when it is asked for.
+        prefetch: batches that every worker may be ahead.
+        pin: hand over pinned memory, from which a GPU copies while it computes.
+    """
+    return torch.utils.data.DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=pin,
+        generator=torch.Generator(),  # of its own, so that it draws nothing from the masks' one
+    )

@@ -17,6 +17,7 @@ import timm
 import timm.models
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
 from torch import Tensor, nn
+from torch.nn import functional as F
 from user_errors import UserError
 
 
@@ -88,7 +89,8 @@ def create_model(config: Mapping[str, Any], weights: Path | None = None) -> Any:
     arguments = {**config, "vision_cfg": vision}
     custom = arguments.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
     with quiet():
-        model: Any = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**arguments)
+        model: Any = (open_clip.CustomTextCLIP if custom else CLIP)(**arguments)
+        take_short_captions(model.text if custom else model)
         if tower is not None:
             model.visual = TransformersTower(tower, config["embed_dim"], size)
         resize = getattr(model.visual, "set_input_size", None)  # of timm's towers; open_clip interpolates its own
@@ -100,6 +102,41 @@ def create_model(config: Mapping[str, Any], weights: Path | None = None) -> Any:
             resize(size)
         open_clip.model.set_model_preprocess_cfg(model, vars(preprocessing) | {"size": size})
     return model
+
+
+class CLIP(open_clip.CLIP):  # type: ignore[misc]  # open_clip has no types
+    """open_clip's, whose text tower also takes captions that are shorter than its context."""
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Features (B, D) of tokens (B, L), with the first L of the positions."""
+        if text.shape[1] == self.context_length:
+            features: Tensor = super().encode_text(text, normalize=normalize)
+            return features
+        dtype = self.transformer.get_cast_dtype()
+        x = self.token_embedding(text).to(dtype) + self.positional_embedding[: text.shape[1]].to(dtype)
+        x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask))
+        x = open_clip.transformer.text_global_pool(
+            x, text, self.text_pool_type, eos_token_id=getattr(self, "text_eos_id", None)
+        )
+        if self.text_projection is not None:
+            linear = isinstance(self.text_projection, nn.Linear)
+            x = self.text_projection(x) if linear else x @ self.text_projection
+        return F.normalize(x, dim=-1) if normalize else x
+
+
+def take_short_captions(tower: nn.Module) -> None:
+    """Let a text tower of open_clip take tokens (B, L) of fewer positions than its context; others do so already."""
+    transformer = getattr(tower, "transformer", None)
+    if isinstance(transformer, open_clip.transformer.Transformer):
+        transformer.register_forward_pre_hook(_cut_attention_mask, with_kwargs=True)
+
+
+def _cut_attention_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of the causal mask of the whole context, what the tokens at hand need."""
+    mask, length = kwargs.get("attn_mask"), args[0].shape[1]
+    if mask is None or mask.shape[-1] == length:
+        return None
+    return args, {**kwargs, "attn_mask": mask[..., :length, :length]}
 
 
 def load_weights(model: nn.Module, weights: Path) -> None:
@@ -136,14 +173,14 @@ def save_model(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Te
         timm.models.save_for_hf(model.visual.trunk, str(folder / "timm"), model_args=args, safe_serialization=True)
 
 
-def make_tokenizer(config: Mapping[str, Any]) -> Any:
-    """open_clip's tokenizer for the text tower."""
+def make_tokenizer(config: Mapping[str, Any], **more: Any) -> Any:
+    """open_clip's tokenizer for the text tower; `more` are options of the tokenizer's class."""
     text = config["text_cfg"]
     length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
     if "hf_tokenizer_name" in text:
         options = text.get("tokenizer_kwargs", {})
-        return open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=length, **options)
-    return open_clip.tokenizer.SimpleTokenizer(context_length=length)
+        return open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=length, **options, **more)
+    return open_clip.tokenizer.SimpleTokenizer(context_length=length, **more)
 
 
 class TransformersTower(nn.Module):

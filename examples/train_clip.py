@@ -21,7 +21,6 @@ phase (training, tuning) `checkpoints/` and `model/`, which opens in plain open_
 """
 
 import datetime
-import json
 import math
 import os
 import shutil
@@ -29,14 +28,20 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import open_clip
 import torch
 import torch.distributed as dist
-import tyro
+from clip_captions import (
+    Tokenize,
+    count_words,
+    count_words_in_shards,
+    make_shortener,
+    read_counts,
+    write_counts,
+)
 from clip_checkpoints import (
     Ranks,
     latest_checkpoint,
@@ -47,19 +52,15 @@ from clip_checkpoints import (
     whole_state_dict,
 )
 from clip_data import load
-from clip_evaluation import Encoder, evaluate, load_evaluation
+from clip_evaluation import Encoder, evaluate, load_evaluation, to_floats
+from clip_images import RandomCrop, decode_on
 from clip_metrics import MetricsLog, peak_memory
+from clip_options import Config, as_options, parse
+from clip_plan import Phase, configure_model, plan, prepare_output, ratio_at
 from clip_shards import count_samples, expand, is_local
-from clip_step import (
-    autocast,
-    learning_rate,
-    make_drop,
-    make_optimizer,
-    set_learning_rate,
-    train_step_in_parts,
-)
-from clip_stream import CaptionStream, Memory, Progress, Shards, Source
-from clip_towers import create_model, make_tokenizer, model_config, save_model
+from clip_step import autocast, learning_rate, make_optimizer, set_learning_rate, train_step_in_parts
+from clip_stream import CaptionStream, Memory, Progress, Shards
+from clip_towers import create_model, make_tokenizer, save_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
@@ -67,140 +68,6 @@ from tqdm import tqdm
 from user_errors import UserError, one_line, setting_up
 
 import gaussmask
-
-Method = Literal["clip", "flip", "glip", "reclip", "reclip+flip", "reclip+glip"]
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that a run depends on.
-
-    Args:
-        train_data: shards (path, URL, `pipe:`, braces, `*`, several joined by `::`), or with `in_memory` also an image
-            folder or torchvision:NAME.
-        in_memory: read all training images into memory first, at the model's image size.
-        samples_per_epoch: how many samples count as one epoch; counted in local shards if not given.
-        captions: the first caption of an image, or each time a random one of all (`"captions"` in KEY.json).
-        shuffle: samples in each reader's shuffle buffer.
-        resampled: draw shards with replacement instead of going through all of them.
-        crop_scale: share of the image's area that random crops take, at least and at most.
-        workers: readers of each process.
-        model: a name of open_clip, or a .json file or folder in its format.
-        image_tower: timm:NAME or transformers:NAME instead of the model's own image tower.
-        image_size: instead of the model's own.
-        context_length: of the captions, in tokens, instead of the model's own.
-        init_from: weights to start from: a `model/` folder of a run, or a file.
-        method: clip (no mask), flip (random), glip (centred), reclip (smaller images), or reclip with a mask.
-        mask_ratio: share of the patches that flip and glip drop.
-        sigma: of glip: the variance of the Gaussian on the square [-1, 1]^2.
-        sampling: of glip: additive (the authors' rule) or weighted (every patch has a chance).
-        stage: where patches are dropped: after the projection (tokens), before (pixels), or before where that gives the
-            same tokens (auto).
-        small_image_size: of reclip; half of the model's image size if not given.
-        loss: softmax over the batch (clip) or sigmoid of each pair (siglip).
-        epochs: of the masked training; a fraction is part of an epoch.
-        tuning_epochs: without a mask and on full-sized images, afterwards.
-        batch_size: of the contrastive loss, over all processes.
-        accumulate: forwards that the batch of a process is split into. The loss still compares all of it.
-        tuning_batch_size: likewise in the tuning; that of training if not given.
-        tuning_accumulate: likewise in the tuning, where nothing is masked; that of training if not given.
-        lr: the peak; a linear warm-up comes before and a cosine to 0 after.
-        tuning_lr: the peak of the tuning.
-        warmup: share of the steps.
-        weight_decay: of AdamW, on matrices.
-        betas: of AdamW.
-        eps: of AdamW.
-        max_norm: gradients of a larger norm are scaled down to it.
-        precision: bf16 (autocast), fp32, or auto for the faster of the two.
-        compile: torch.compile.
-        grad_checkpointing: recompute activations in the backward, for memory.
-        device: cuda or cpu.
-        fsdp: shard weights, gradients and moments over the processes (FSDP2) instead of replicating them (DDP).
-        zero_shot: labelled test images, for zero-shot top-1 and top-5.
-        probe: labelled training images for a linear probe, which is tested on `zero_shot`.
-        retrieval: images with captions, for recall at 1, 5 and 10.
-        eval_every: epochs between evaluations; there is always one at the end of a phase.
-        eval_batch_size: of a process.
-        log_every: steps between lines of the log.
-        checkpoint_every: steps between checkpoints.
-        keep: so many of the latest checkpoints are kept.
-        tensorboard: also write TensorBoard's event files.
-        seed: of weights, order of the data and (together with the rank) masks.
-        output: folder for everything that the run leaves, seen by all nodes.
-        resume: go on from the last checkpoint in `output`, or begin if there is none.
-    """
-
-    train_data: str
-    in_memory: bool = False
-    samples_per_epoch: int | None = None
-    captions: Literal["first", "random"] = "first"
-    shuffle: int = 5000
-    resampled: bool = False
-    crop_scale: tuple[float, float] = (0.9, 1.0)
-    workers: int = 4
-
-    model: str = "ViT-B-16"
-    image_tower: str | None = None
-    image_size: int | None = None
-    context_length: int | None = None
-    init_from: Path | None = None
-
-    method: Method = "glip"
-    mask_ratio: float = 0.5
-    sigma: float = 0.2
-    sampling: Literal["additive", "weighted"] = "additive"
-    stage: Literal["auto", "tokens", "pixels"] = "auto"
-    small_image_size: int | None = None
-    loss: Literal["clip", "siglip"] = "clip"
-
-    epochs: float = 30
-    tuning_epochs: float = 1
-    batch_size: int = 1280
-    accumulate: int = 1
-    tuning_batch_size: int | None = None
-    tuning_accumulate: int | None = None
-    lr: float = 1e-3
-    tuning_lr: float = 1e-5
-    warmup: float = 0.05
-    weight_decay: float = 0.2
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    max_norm: float = math.inf
-
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: bool = False
-    grad_checkpointing: bool = False
-    fsdp: bool = False
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-
-    zero_shot: str | None = None
-    probe: str | None = None
-    retrieval: str | None = None
-    eval_every: float = 1
-    eval_batch_size: int = 500
-
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    keep: int = 3
-    tensorboard: bool = False
-    seed: int = 0
-    output: Path = Path("build/clip")
-    resume: bool = False
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Training with masks, or tuning without."""
-
-    name: str
-    epochs: float
-    batch_size: int
-    accumulate: int
-    lr: float
-    image_size: int
-    drop: gaussmask.PatchDropout | None
-    weights: Path | None
-    seed: int
 
 
 def main(config: Config) -> None:
@@ -212,7 +79,7 @@ def main(config: Config) -> None:
         phases = plan(config, ranks)
         prepare_output(config, ranks)
     for phase in phases:
-        if (config.output / phase.name / "model").is_dir():
+        if (config.run.output / phase.name / "model").is_dir():
             if ranks.first:
                 print(f"{phase.name} is finished already")
         else:
@@ -227,120 +94,29 @@ def start_processes(config: Config) -> Ranks:
     if "RANK" not in os.environ:
         return Ranks()
     ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    if config.device == "cuda":
+    if config.compute.device == "cuda":
         torch.cuda.set_device(ranks.local_rank)
     # The others wait while the first process fits a linear probe or writes a model.
-    dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+    dist.init_process_group("nccl" if config.compute.device == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
     return ranks
-
-
-def plan(config: Config, ranks: Ranks) -> list[Phase]:
-    """The phases of the run; raises for settings that can't be meant."""
-    size = configure_model(config)["vision_cfg"].get("image_size", 224)
-    mask = config.method.removeprefix("reclip").removeprefix("+") or "clip"
-    drop = make_drop(mask, config.mask_ratio, sigma=config.sigma, sampling=config.sampling)
-    training = Phase(
-        name="training",
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-        lr=config.lr,
-        image_size=(config.small_image_size or size // 2) if config.method.startswith("reclip") else size,
-        drop=drop,
-        weights=config.init_from,
-        seed=config.seed,
-    )
-    tuning = Phase(
-        name="tuning",
-        epochs=config.tuning_epochs,
-        batch_size=config.tuning_batch_size or config.batch_size,
-        accumulate=config.tuning_accumulate or config.accumulate,
-        lr=config.tuning_lr,
-        image_size=size,
-        drop=None,
-        weights=config.output / "training" / "model" if config.epochs > 0 else config.init_from,
-        seed=config.seed + 1_000_000,
-    )
-    phases = [phase for phase in (training, tuning) if phase.epochs > 0]
-    if not phases:
-        raise UserError("epochs and tuning_epochs are both 0: there is nothing to do")
-    for phase in phases:
-        if phase.batch_size < 1 or phase.accumulate < 1 or phase.batch_size % (ranks.world_size * phase.accumulate):
-            raise UserError(
-                f"batch_size of {phase.name} must be a multiple of processes x accumulate = {ranks.world_size} x "
-                f"{phase.accumulate}, got {phase.batch_size}"
-            )
-    for name in ("log_every", "checkpoint_every", "keep", "eval_every"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"{name} must be positive, got {getattr(config, name)}")
-    if config.method.startswith("reclip") and (config.image_tower or "").startswith("transformers:"):
-        raise UserError("reclip needs an image tower of open_clip or timm: those of transformers keep their image size")
-    if config.probe and not config.zero_shot:
-        raise UserError("probe needs zero_shot: the probe is tested on its images")
-    if config.compile and config.device == "cpu" and torch.__version__ < "2.7":
-        raise UserError(
-            f"compile on the CPU needs torch 2.7, got {torch.__version__}: where a token is repeated, torch 2.6 loses "
-            "gradients of its embedding there"
-        )
-    return phases
-
-
-def configure_model(config: Config, image_size: int | None = None) -> dict[str, Any]:
-    """open_clip's configuration of the model, for images of `image_size`."""
-    architecture = model_config(
-        config.model,
-        image_tower=config.image_tower,
-        image_size=image_size or config.image_size,
-        siglip=config.loss == "siglip",
-    )
-    if config.context_length is not None:
-        architecture["text_cfg"]["context_length"] = config.context_length
-    if config.fsdp:
-        architecture["nonscalar_logit_scale"] = True  # FSDP2 shards no scalars
-    return architecture
-
-
-def prepare_output(config: Config, ranks: Ranks) -> None:
-    """The folder of the run, which must be new or asked to be resumed."""
-    if ranks.first:
-        begun = config.output / "config.json"
-        if begun.exists() and not config.resume:
-            raise UserError(f"{config.output} holds a run already: take another --output, or --resume to go on with it")
-        config.output.mkdir(parents=True, exist_ok=True)
-        setting = json.loads(json.dumps(asdict(config), default=str))
-        if begun.exists():
-            before = json.loads(begun.read_text(encoding="utf-8"))
-            for name in ("model", "image_tower", "method", "loss"):
-                if before[name] != setting[name]:
-                    raise UserError(
-                        f"{config.output} holds a run with {name} {before[name]}, this one has {setting[name]}: take "
-                        "another --output"
-                    )
-            changed = [
-                f"{name} {before.get(name)} -> {value}"
-                for name, value in setting.items()
-                if value != before.get(name) and name != "resume"
-            ]
-            if changed:
-                print(f"changed since the run began: {', '.join(changed)}")
-        begun.write_text(json.dumps(setting, indent=1) + "\n", encoding="utf-8")
 
 
 def run(phase: Phase, config: Config, ranks: Ranks) -> None:
     """Everything of one phase: model, data, loop, evaluation, checkpoints, and the finished model."""
-    device = torch.device(config.device)
-    folder = config.output / phase.name
+    data, recipe, compute, evaluated = config.data, config.recipe, config.compute, config.evaluation
+    device = torch.device(compute.device)
+    folder = config.run.output / phase.name
     with setting_up():
-        torch.manual_seed(config.seed)  # the same weights on every process
+        torch.manual_seed(recipe.seed)  # the same weights on every process
         architecture = configure_model(config, phase.image_size)
         clip = create_model(architecture, phase.weights).to(device)
         preprocessing = open_clip.transform.PreprocessCfg(**clip.visual.preprocess_cfg)
         tokenize = make_tokenizer(architecture)
         if phase.drop is not None:
-            gaussmask.attach(clip, phase.drop, stage=config.stage)  # before compiling and wrapping
+            gaussmask.attach(clip, phase.drop, stage=config.mask.stage)  # before compiling and wrapping
         model = prepare_model(clip, config, ranks)
         optimizer = make_optimizer(
-            model.parameters(), lr=phase.lr, weight_decay=config.weight_decay, betas=config.betas, eps=config.eps
+            model.parameters(), lr=phase.lr, weight_decay=recipe.weight_decay, betas=recipe.betas, eps=recipe.eps
         )
         source, samples_per_epoch = open_data(config, phase, ranks)
         steps_per_epoch = samples_per_epoch / phase.batch_size
@@ -350,11 +126,11 @@ def run(phase: Phase, config: Config, ranks: Ranks) -> None:
         first_step, progress = resume(config, phase, model, optimizer, ranks, steps_per_epoch)
         stream = CaptionStream(
             source,
-            open_clip.transform.image_transform_v2(preprocessing, is_train=True, aug_cfg={"scale": config.crop_scale}),
-            tokenize,
+            RandomCrop(preprocessing.size, data.crop_scale, data.decode),
+            caption_tokenizer(config, phase, architecture, source, ranks),
             batch_size=phase.batch_size // ranks.world_size,
             seed=phase.seed,
-            random_captions=config.captions == "random",
+            random_captions=config.text.captions == "random",
             rank=ranks.rank,
             world_size=ranks.world_size,
             progress=progress,
@@ -362,41 +138,52 @@ def run(phase: Phase, config: Config, ranks: Ranks) -> None:
         loader = torch.utils.data.DataLoader(
             stream,
             batch_size=None,
-            num_workers=config.workers,
+            num_workers=data.workers,
+            prefetch_factor=data.prefetch if data.workers > 0 else None,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # of its own, so that it draws nothing from the masks' one
         )
         encoder = Encoder(
-            clip, tokenize, config.device, config.precision, preprocessing.mean, preprocessing.std,
-            config.eval_batch_size, config.seed,
+            clip, tokenize, compute.device, compute.precision, preprocessing.mean, preprocessing.std,
+            evaluated.eval_batch_size, recipe.seed, data.workers,
         )  # fmt: skip
         evaluation = load_evaluation(
-            phase.image_size, zero_shot=config.zero_shot, probe=config.probe, retrieval=config.retrieval
-        )
+            phase.image_size, zero_shot=evaluated.zero_shot, probe=evaluated.probe, retrieval=evaluated.retrieval,
+            imagenet=evaluated.imagenet, imagenet_templates=evaluated.imagenet_templates, preprocessing=preprocessing,
+        )  # fmt: skip
 
     contrastive_loss = make_loss(config, ranks)
-    log = MetricsLog(config.output, phase.name, first_step, tensorboard=config.tensorboard, silent=not ranks.first)
-    eval_steps = max(1.0, config.eval_every * steps_per_epoch)
+    log = open_log(config, phase, first_step, ranks)
+    eval_steps = max(1.0, evaluated.eval_every * steps_per_epoch)
     losses: list[torch.Tensor] = []
-    started = time.perf_counter()
+    batches = iter(loader)
+    started, waited = time.perf_counter(), 0.0
     model.train()
     bar = tqdm(total=num_steps, initial=first_step, desc=phase.name, unit=" steps", disable=not ranks.first)
-    for step, batch in zip(range(first_step + 1, num_steps + 1), loader, strict=False):
-        lr = learning_rate(step - 1, num_steps=num_steps, num_warmup=round(config.warmup * num_steps), peak=phase.lr)
+    for step in range(first_step + 1, num_steps + 1):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        if phase.drop is not None and phase.mask_ratio_end is not None:
+            phase.drop.mask_ratio = ratio_at((step - 1) / max(1, num_steps - 1), config.mask)
+        lr = learning_rate(step - 1, num_steps=num_steps, num_warmup=round(recipe.warmup * num_steps), peak=phase.lr)
         set_learning_rate(optimizer, lr)
-        images = batch.images.to(device, non_blocking=True).chunk(phase.accumulate)
+        undecoded: list[str] = []
+        uint8 = decode_on(device, batch.images, undecoded.append)
+        images = to_floats(uint8, compute.device, preprocessing.mean, preprocessing.std).chunk(phase.accumulate)
         tokens = batch.tokens.to(device, non_blocking=True).chunk(phase.accumulate)
         loss = train_step_in_parts(
-            model, images, tokens, contrastive_loss, optimizer, autocast(config.precision, config.device),
-            max_norm=config.max_norm,
+            model, images, tokens, contrastive_loss, optimizer, autocast(compute.precision, compute.device),
+            max_norm=recipe.max_norm,
         )  # fmt: skip
         losses.append(loss)
         progress.take(batch)
-        for problem in batch.skipped:
+        progress.skipped += len(undecoded)
+        for problem in [*batch.skipped, *undecoded]:
             tqdm.write(f"skipped {problem}", file=sys.stderr)
         bar.update()
 
-        if step % config.log_every == 0 or step == num_steps:
+        if step % config.run.log_every == 0 or step == num_steps:
             mean = summed(float(torch.stack(losses).mean()), ranks, device) / ranks.world_size
             if not math.isfinite(mean):
                 last = latest_checkpoint(folder / "checkpoints")
@@ -409,44 +196,57 @@ def run(phase: Phase, config: Config, ranks: Ranks) -> None:
                 lr=lr,
                 logit_scale=float(whole_parameter(clip.logit_scale).exp()),
                 images_per_second=len(losses) * phase.batch_size / seconds,
+                waited=waited / seconds,
                 patches=patches_per_image(phase.drop),
                 memory_gib=peak_memory(device),
                 skipped=round(summed(progress.skipped, ranks, device)),
             )
-            losses, started = [], time.perf_counter()
+            losses, started, waited = [], time.perf_counter(), 0.0
         paused = time.perf_counter()
         if evaluation and (step == num_steps or step // eval_steps > (step - 1) // eval_steps):
             log.write(step, **evaluate(encoder, evaluation, masked=phase.drop is not None))
-        if step % config.checkpoint_every == 0 and step < num_steps:
+        if step % config.run.checkpoint_every == 0 and step < num_steps:
             info = {"phase": phase.name, "readers": readers(config)}
-            save_checkpoint(folder / "checkpoints", step, model, optimizer, progress, info, ranks, keep=config.keep)
+            save_checkpoint(folder / "checkpoints", step, model, optimizer, progress, info, ranks, keep=config.run.keep)
         started += time.perf_counter() - paused  # neither counts for the speed
     bar.close()
+    log.close()
     finish(folder / "model", architecture, model, ranks)
+
+
+def open_log(config: Config, phase: Phase, step: int, ranks: Ranks) -> MetricsLog:
+    """Of the first process; the others' writes nothing."""
+    run = config.run
+    boards = [name for name in ("tensorboard", "wandb", "trackio") if getattr(run, name)]
+    options = as_options(config)
+    return MetricsLog(
+        run.output, phase.name, step, boards=boards, project=run.project, options=options, silent=not ranks.first
+    )
 
 
 def prepare_model(model: Any, config: Config, ranks: Ranks) -> nn.Module:
     """Checkpointing, compiling, and the wrapper that reduces gradients over the processes."""
-    if config.grad_checkpointing:
+    if config.compute.grad_checkpointing:
         model.set_grad_checkpointing()
-    if config.compile:
+    if config.compute.compile:
         # Draw what eager mode draws, with and without gradients: both forwards of a split batch need the same masks.
         torch._inductor.config.fallback_random = True
-    if config.fsdp:
+    if config.compute.fsdp:
         if not dist.is_initialized():
             raise UserError("fsdp needs processes to shard over: start the program with torchrun")
         for block in blocks(model):
-            if config.compile:
+            if config.compute.compile:
                 block.compile()
             fully_shard(block)
         fully_shard(model)
         for method in ("encode_image", "encode_text"):
             register_fsdp_forward_method(model, method)
         return model
-    if config.compile:
+    if config.compute.compile:
         model.compile()
     if ranks.world_size > 1:
-        return DistributedDataParallel(model, device_ids=[ranks.local_rank] if config.device == "cuda" else None)
+        on_gpu = config.compute.device == "cuda"
+        return DistributedDataParallel(model, device_ids=[ranks.local_rank] if on_gpu else None)
     return model
 
 
@@ -461,18 +261,18 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 def make_loss(config: Config, ranks: Ranks) -> nn.Module:
     """open_clip's loss over the batches of all processes; each computes its own rows and gets gradients for them."""
-    if config.loss == "siglip":
+    if config.recipe.loss == "siglip":
         return open_clip.loss.SigLipLoss(rank=ranks.rank, world_size=ranks.world_size)
     return open_clip.loss.ClipLoss(local_loss=True, gather_with_grad=True, rank=ranks.rank, world_size=ranks.world_size)
 
 
-def open_data(config: Config, phase: Phase, ranks: Ranks) -> tuple[Source, int]:
+def open_data(config: Config, phase: Phase, ranks: Ranks) -> tuple[Shards | Memory, int]:
     """The training data, and how many samples of it are an epoch."""
-    if config.in_memory:
-        data = load(config.train_data, image_size=phase.image_size, train=True)
-        return Memory(data, phase.seed), config.samples_per_epoch or len(data)
-    shards = expand(config.train_data)
-    samples = config.samples_per_epoch
+    if config.data.in_memory:
+        data = load(config.data.train_data, image_size=phase.image_size, train=True)
+        return Memory(data, phase.seed), config.data.samples_per_epoch or len(data)
+    shards = expand(config.data.train_data)
+    samples = config.data.samples_per_epoch
     if samples is None:
         if not all(is_local(shard) for shard in shards):
             raise UserError("samples_per_epoch must be given for shards that are not local files")
@@ -481,13 +281,46 @@ def open_data(config: Config, phase: Phase, ranks: Ranks) -> tuple[Source, int]:
             dist.broadcast_object_list(counted)
         samples = counted[0]
     if samples <= 0:
-        raise UserError(f"train_data {config.train_data} holds no images")
-    return Shards(shards, phase.seed, config.shuffle, config.resampled), samples
+        raise UserError(f"train_data {config.data.train_data} holds no images")
+    return Shards(shards, phase.seed, config.data.shuffle, config.data.resampled), samples
+
+
+def caption_tokenizer(
+    config: Config, phase: Phase, architecture: dict[str, Any], source: Shards | Memory, ranks: Ranks
+) -> Tokenize:
+    """What makes tokens of the captions in this phase: whole ones, or short ones."""
+    text = config.text
+    if phase.caption_tokens is None:
+        whole: Tokenize = make_tokenizer(architecture)
+        return whole
+    counts = word_counts(config, source, ranks) if text.caption_reduction == "frequency" else {}
+    return make_shortener(
+        architecture, phase.caption_tokens, text.caption_reduction, counts=counts, threshold=text.caption_threshold
+    )
+
+
+def word_counts(config: Config, source: Shards | Memory, ranks: Ranks) -> dict[str, int]:
+    """Of the captions of the training data: counted by the first process, once for a run and all that resume it."""
+    if config.text.caption_counts is not None:
+        return read_counts(config.text.caption_counts)
+    file = config.run.output / "word_counts.json"
+    if ranks.first and not file.exists():
+        every = config.text.captions == "random"
+        if isinstance(source, Memory):
+            data = source.data
+            captions = data.all_captions or [[caption] for caption in data.captions]
+            counts = count_words(caption for texts in captions for caption in (texts if every else texts[:1]))
+        else:
+            counts = count_words_in_shards(source.shards, all_captions=every, workers=config.data.workers)
+        write_counts(file, counts)
+    if ranks.world_size > 1:
+        dist.barrier()
+    return read_counts(file)
 
 
 def readers(config: Config) -> int:
     """Who reads data in a process: its workers, or itself."""
-    return max(1, config.workers)
+    return max(1, config.data.workers)
 
 
 def resume(
@@ -499,7 +332,7 @@ def resume(
     steps_per_epoch: float,
 ) -> tuple[int, Progress]:
     """The step and the place in the data to go on from, with everything else put back."""
-    checkpoint = latest_checkpoint(config.output / phase.name / "checkpoints") if config.resume else None
+    checkpoint = latest_checkpoint(config.run.output / phase.name / "checkpoints") if config.run.resume else None
     if checkpoint is None:
         return 0, Progress()
     info = read_info(checkpoint)
@@ -546,4 +379,4 @@ def summed(value: float, ranks: Ranks, device: torch.device) -> float:
 
 if __name__ == "__main__":
     with one_line("train_clip.py"):
-        main(tyro.cli(Config))
+        main(parse(sys.argv[1:], program="train_clip.py", description=str(__doc__)))

@@ -2,6 +2,7 @@
 
     python examples/training_cost.py
     python examples/training_cost.py --model ViT-L-14 --mask-ratios 0 0.5 0.75 --samples 400e6 --epochs 32
+    python examples/training_cost.py --mask-ratios 0.75 0.918 --caption-tokens 77 32 16 8
 
 No data and no GPU: the model lies on the meta device, and torch's counter follows one forward and backward.
 """
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 import tyro
+from clip_captions import check_reduction
 from clip_step import count_operations
 from clip_towers import create_model, model_config
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +32,7 @@ class Config:
         image_tower: timm:NAME or transformers:NAME instead of the model's own image tower.
         image_size: instead of the model's own.
         mask_ratios: shares of the patches that are dropped; 0 is training without a mask.
+        caption_tokens: of a caption, each with each of the ratios; the model's context if none is named.
         stage: where they are dropped: after the projection (tokens), before (pixels), or before where that gives the
             same tokens (auto).
         samples: images of one epoch.
@@ -40,23 +43,26 @@ class Config:
     image_tower: str | None = None
     image_size: int | None = None
     mask_ratios: tuple[float, ...] = (0, 0.5, 0.75, 0.918)
+    caption_tokens: tuple[int, ...] = ()
     stage: str = "auto"
     samples: float = 10e6
     epochs: float = 30
 
 
 def main(config: Config) -> None:
-    """Print a table, a row per ratio."""
-    rows = [count(config, mask_ratio) for mask_ratio in config.mask_ratios]
+    """Print a table, a row per ratio and length of the captions; `relative` is to the first one."""
+    lengths = config.caption_tokens or (None,)
+    rows = [count(config, mask_ratio, length) for length in lengths for mask_ratio in config.mask_ratios]
     table = pd.DataFrame(rows)
     table["relative"] = table["GFLOP per pair"] / table["GFLOP per pair"].iloc[0]
     images = config.samples * config.epochs
     table["billion image tokens"] = images * table["tokens per image"] / 1e9
     table["EFLOP"] = images * table["GFLOP per pair"] / 1e9
-    print(table.to_markdown(index=False, floatfmt=("", ".0f", ".1f", ".1f", ".2f", ".1f", ".1f")))
+    formats = {"mask ratio": "g", "relative": ".2f", "tokens per image": ".0f", "tokens per caption": ".0f"}
+    print(table.to_markdown(index=False, floatfmt=[formats.get(name, ".1f") for name in table.columns]))
 
 
-def count(config: Config, mask_ratio: float) -> dict[str, float]:
+def count(config: Config, mask_ratio: float, caption_tokens: int | None = None) -> dict[str, float]:
     """Tokens of an image, and operations of a training step per image-text pair."""
     with setting_up():
         architecture = model_config(config.model, image_tower=config.image_tower, image_size=config.image_size)
@@ -65,15 +71,18 @@ def count(config: Config, mask_ratio: float) -> dict[str, float]:
         if facts.grid_size is None:
             raise UserError(facts.reason or "this model gives every image a grid of its own: there is no one cost")
         gaussmask.attach(model, gaussmask.RandomPatchDropout(mask_ratio), stage=config.stage)
+        if caption_tokens is not None:
+            check_reduction(architecture, caption_tokens)
     size = architecture["vision_cfg"].get("image_size", 224)
     images = torch.zeros(1, 3, size, size, device="meta")
-    tokens = torch.zeros(1, architecture["text_cfg"].get("context_length", 77), dtype=torch.long, device="meta")
-    both = count_operations(model, images, tokens)
+    length = caption_tokens or architecture["text_cfg"].get("context_length", 77)
+    both = count_operations(model, images, torch.zeros(1, length, dtype=torch.long, device="meta"))
     with FlopCounterMode(display=False) as image:
         model.encode_image(images).sum().backward()
     return {
         "mask ratio": mask_ratio,
         "tokens per image": facts.num_prefix_tokens + num_kept_patches(math.prod(facts.grid_size), mask_ratio),
+        **({} if caption_tokens is None else {"tokens per caption": caption_tokens}),
         "GFLOP per image": image.get_total_flops() / 1e9,
         "GFLOP per pair": both / 1e9,
     }

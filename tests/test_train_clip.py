@@ -4,17 +4,21 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import types
 from pathlib import Path
 
 import clip_checkpoints
 import clip_data
 import clip_evaluation
+import clip_images
+import clip_options
 import clip_step
 import clip_stream
 import numpy as np
@@ -26,47 +30,13 @@ import torch.multiprocessing
 import train_clip
 import training_cost
 import webdataset
+from clip_runs import EXAMPLES, TINY, assert_same_weights, metrics, options, start, write_shards
 from clip_shards import count_samples, expand
-from PIL import Image
 from safetensors.torch import load_file
 from torch.torch_version import TorchVersion
 from user_errors import UserError, one_line
 
 import gaussmask
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1},
-    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
-}
-COLOURS = ["red", "green", "blue", "white"]
-
-
-def picture(number: int, size: int = 40) -> bytes:
-    """A JPEG of noise around a colour."""
-    noise = np.random.default_rng(number).integers(0, 80, (size, size, 3))
-    base = np.array([[160, 0, 0], [0, 160, 0], [0, 0, 160], [160, 160, 160]][number % 4])
-    buffer = io.BytesIO()
-    Image.fromarray((base + noise).astype(np.uint8)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def write_shards(folder: Path, count: int, per_shard: int, pattern: str = "shard-%03d.tar") -> list[Path]:
-    """Image-text pairs with classes, and two captions each, in webdataset's own format."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with webdataset.ShardWriter(str(folder / pattern), maxcount=per_shard, verbose=0) as writer:
-        for number in range(count):
-            colour = COLOURS[number % 4]
-            captions = [f"a {colour} picture {number}", f"number {number}"]
-            writer.write(
-                {
-                    "__key__": f"{number:06d}", "jpg": picture(number), "txt": captions[0], "cls": number % 4,
-                    "json": {"captions": captions},
-                }
-            )  # fmt: skip
-    (folder / "meta.json").write_text(json.dumps({"classes": COLOURS}))
-    return sorted(folder.glob("*.tar"))
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +48,13 @@ def place(tmp_path_factory):
     return folder
 
 
-def config(place: Path, output: Path, **changes) -> train_clip.Config:
+def config(place: Path, output: Path, **changes) -> clip_options.Config:
     setting = {
         "train_data": str(place / "data" / "shard-{000..003}.tar"), "model": str(place / "tiny.json"),
         "mask_ratio": 0.5, "epochs": 1, "tuning_epochs": 0, "batch_size": 8, "workers": 0, "shuffle": 10,
         "precision": "fp32", "device": "cpu", "log_every": 1, "checkpoint_every": 2, "output": output,
     }  # fmt: skip
-    return train_clip.Config(**setting | changes)
-
-
-def metrics(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return options(**setting | changes)
 
 
 def tiny_model(siglip: bool = False):
@@ -187,7 +153,7 @@ class TestStep:
     def test_masks_repeat_when_compiled(self, monkeypatch):
         """Inductor's own random numbers need not be the same with and without gradients."""
         monkeypatch.setattr(torch._inductor.config, "fallback_random", torch._inductor.config.fallback_random)
-        setting = train_clip.Config("", compile=True, device="cpu")
+        setting = options(train_data="none", compile=True, device="cpu")
         results = []
         for parts in (1, 2):
             model = Means()
@@ -222,7 +188,7 @@ def steps_of_a_process(rank: int, world_size: int, store: str, results: str) -> 
         model = tiny_model(siglip)
         if sharded:
             model.logit_scale = torch.nn.Parameter(model.logit_scale.detach().reshape(1))
-        setting = train_clip.Config("", fsdp=sharded, loss="siglip" if siglip else "clip", device="cpu")
+        setting = options(train_data="none", fsdp=sharded, loss="siglip" if siglip else "clip", device="cpu")
         wrapped = train_clip.prepare_model(model, setting, ranks)
         loss = train_clip.make_loss(setting, ranks)
         outcome[siglip, parts, sharded] = gradients(wrapped, images, tokens, loss, parts)
@@ -256,25 +222,28 @@ def test_two_processes_compute_what_one_computes(tmp_path):
 
 def numbers(batches, count: int) -> list[int]:
     """The pairs of `count` batches, by the number in their caption."""
-    return [int(row) for batch, _ in zip(batches, range(count), strict=False) for row in batch.tokens]
+    return [int(row) for batch, _ in zip(batches, range(count), strict=False) for row in batch.tokens[:, 0]]
 
 
 def last_word(captions: list[str]) -> torch.Tensor:
-    return torch.tensor([int(caption.split()[-1]) for caption in captions])
+    """The number in it, and two random ones, as a tokenizer may draw them."""
+    chance = [int(torch.randint(1000, ())), random.randrange(1000)]
+    return torch.tensor([[int(caption.split()[-1]), *chance] for caption in captions])
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """Augmented, so that random numbers matter."""
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
-    return pixels[:, :32, :32] * torch.rand(1) + random.random()
-
-
-def stream(shards, batch_size=4, seed=5, workers=0, progress=None, rank=0, world_size=1, **options):
+def stream(shards, batch_size=4, seed=5, workers=0, progress=None, rank=0, world_size=1, decode="full", **options):
+    crop = clip_images.RandomCrop(32, (0.3, 1.0), decode)
     captions = clip_stream.CaptionStream(
-        clip_stream.Shards([str(shard) for shard in shards], seed, shuffle=10, **options), to_tensor, last_word,
+        clip_stream.Shards([str(shard) for shard in shards], seed, shuffle=10, **options), crop, last_word,
         batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, progress=progress, random_captions=True,
     )  # fmt: skip
-    return torch.utils.data.DataLoader(captions, batch_size=None, num_workers=workers, generator=torch.Generator())
+    return clip_stream.open_loader(captions, workers=workers)
+
+
+class BrokenCrop(clip_images.RandomCrop):
+    def __call__(self, image):
+        random.random()
+        raise ValueError("broken")
 
 
 def readable_pairs(shard: Path) -> set[int]:
@@ -333,14 +302,23 @@ class TestStream:
         assert torch.equal(before[0], torch.get_rng_state())
         assert before[1] == random.getstate()
 
+    def test_a_broken_image_leaves_the_generators_as_they_were(self):
+        source = clip_stream.Memory(clip_data.CaptionedImages(torch.zeros(4, 3, 8, 8), ["number 0"] * 4), 0)
+        captions = clip_stream.CaptionStream(source, BrokenCrop(8), last_word, batch_size=2, seed=0)
+        random.seed(0)
+        before = random.getstate()
+        with pytest.raises(UserError, match=r"for example image \d: broken"):
+            next(iter(captions))
+        assert random.getstate() == before
+
     def test_shards_drawn_with_replacement_go_on_for_ever(self, place):
         seen = numbers(stream(expand(str(place / "data" / "*.tar")), resampled=True), 24)
         assert len(seen) == 96
         assert set(seen) <= set(range(48))
 
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_what_is_broken_is_skipped_and_reported_and_nothing_else_is_lost(self, tmp_path, workers):
-        """A truncated shard, one that is no tar at all, a bad JPEG, and a pair without a caption."""
+    @pytest.mark.parametrize(("workers", "decode"), [(0, "full"), (2, "full"), (0, "reduced"), (0, "device")])
+    def test_what_is_broken_is_skipped_and_reported_and_nothing_else_is_lost(self, tmp_path, workers, decode):
+        """A truncated shard, one that is no tar at all, JPEGs that break off, and a pair without a caption."""
         shards = write_shards(tmp_path, 48, 8)
         content = shards[0].read_bytes()
         shards[0].write_bytes(content[: len(content) // 2 + 700])  # within a member
@@ -351,28 +329,29 @@ class TestStream:
             for member, data in members:
                 if member.name in ("000017.txt", "000017.json"):
                     continue
-                if member.name == "000018.jpg":
-                    data = data[:20]
-                    member.size = 20
+                cut = {"000018.jpg": 20, "000019.jpg": len(data) - 40}.get(member.name)  # in the header; behind it
+                data = data[:cut]
+                member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-        expected = sorted({*readable_pairs(shards[0]), *range(16, 48)} - {17, 18})
+        expected = sorted({*readable_pairs(shards[0]), *range(16, 48)} - {17, 18, 19})
         assert len(expected) > 30
         seen, skipped = [], []
-        for batch in stream(shards, batch_size=1, workers=workers):
+        for batch in stream(shards, batch_size=1, workers=workers, decode=decode):
             if batch.position[0] > 0:  # the next pass
                 if workers == 0:
                     break
                 if len(seen) >= len(expected):
                     break
                 continue
-            seen += batch.tokens.tolist()
+            seen += batch.tokens[:, 0].tolist()
             skipped += batch.skipped
         assert sorted(seen) == expected
         text = "\n".join(skipped)
         assert "shard-000.tar" in text
         assert "shard-001.tar" in text
         assert "sample 000017: no caption" in text
-        assert "sample 000018" in text
+        assert "shard-002.tar, sample 000018: cannot identify image file" in text
+        assert "shard-002.tar, sample 000019: image file is truncated" in text
 
     def test_images_in_memory_are_dealt_out_in_the_same_way(self):
         captions = [f"number {number}" for number in range(10)]
@@ -380,7 +359,9 @@ class TestStream:
         first, second = ([row for who in range(3) for row in source.samples(epoch, who, 3, print)] for epoch in (0, 1))
         assert sorted(first) == sorted(second) == list(range(10))
         assert first != second
-        assert source.parse(4).captions == ["number 4"]
+        pair = source.parse(4)
+        assert pair.captions == ["number 4"]
+        assert clip_images.RandomCrop(6)(pair.image).shape == (3, 6, 6)
 
     def test_pairs_are_counted_with_or_without_reading(self, place, tmp_path):
         shards = expand(str(place / "data" / "*.tar"))
@@ -482,13 +463,6 @@ class TestRun:
         assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
-def assert_same_weights(first: Path, second: Path, phase: str = "training") -> None:
-    """Bit for bit."""
-    weights = [load_file(folder / phase / "model" / "open_clip_model.safetensors") for folder in (first, second)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
 def test_models_open_without_gaussmask(place, tmp_path):
     """In plain open_clip, timm and transformers, with the features that the trained towers give."""
     tower = {
@@ -524,16 +498,6 @@ for name, tensor in vit.state_dict().items():
     assert done.returncode == 0, done.stderr
 
 
-def start(arguments: list[str], processes: int = 1) -> subprocess.Popen:
-    """The program as a user starts it."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, str(EXAMPLES / "train_clip.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
-
-
 def arguments(place: Path, output: Path, **changes) -> list[str]:
     setting = {
         "train-data": place / "data" / "*.tar", "model": place / "tiny.json", "epochs": 4, "tuning-epochs": 1,
@@ -543,13 +507,17 @@ def arguments(place: Path, output: Path, **changes) -> list[str]:
     return [text for name, value in (setting | changes).items() for text in (f"--{name}", str(value))]
 
 
-def test_killed_runs_go_on_to_the_weights_of_the_uninterrupted_one(place, tmp_path):
+SHORT = {"caption-tokens": 4, "caption-reduction": "frequency", "caption-threshold": 0.01, "mask-ratio-end": 0.75}
+
+
+@pytest.mark.parametrize("more", [{}, SHORT], ids=["whole captions", "short captions, moving ratio"])
+def test_killed_runs_go_on_to_the_weights_of_the_uninterrupted_one(place, tmp_path, more):
     """SIGKILL in the middle of training, then of tuning; with workers, random crops and captions, bit for bit."""
-    whole = start(arguments(place, tmp_path / "whole"))
+    whole = start(arguments(place, tmp_path / "whole", **more))
     assert whole.wait() == 0, whole.stdout.read()
     for phase, step in [("training", 20), ("tuning", 7), (None, None)]:
         resume = [] if phase == "training" else ["--resume"]
-        run = start([*arguments(place, tmp_path / "killed"), *resume])
+        run = start([*arguments(place, tmp_path / "killed", **more), *resume])
         text = ""
         for line in run.stdout:
             text += line
@@ -564,6 +532,71 @@ def test_killed_runs_go_on_to_the_weights_of_the_uninterrupted_one(place, tmp_pa
     logs = [{(r["phase"], r["step"]): r["loss"] for r in metrics(tmp_path / name)} for name in ("whole", "killed")]
     assert logs[0] == logs[1]
     assert len(metrics(tmp_path / "killed")) == len(logs[0])
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_trackers_get_the_numbers_of_the_log(place, tmp_path, monkeypatch, library):
+    """Through the three functions that both libraries have: init, log and finish."""
+    seen = []
+
+    class Run:
+        def log(self, record, step):
+            seen.append((step, record))
+
+        def finish(self):
+            seen.append("finished")
+
+    def init(**given):
+        seen.append(given)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, library, types.SimpleNamespace(init=init))
+    train_clip.main(config(place, tmp_path / "a run", project="ours", **{library: True}))
+    assert (seen[0]["project"], seen[0]["name"], seen[0]["resume"]) == ("ours", "a run-training", "allow")
+    assert seen[0]["config"]["mask_ratio"] == 0.5
+    assert seen[-1] == "finished"
+    assert [step for step, _ in seen[1:-1]] == list(range(1, 7))
+    assert [record["loss"] for _, record in seen[1:-1]] == [record["loss"] for record in metrics(tmp_path / "a run")]
+    assert "patches" not in seen[1][1]  # which is no number
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_there_says_so(place, tmp_path, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=f"{library} is not installed: pip install {library}, or leave out --{library}"):
+        train_clip.main(config(place, tmp_path, **{library: True}))
+
+    def init(**given):
+        raise KeyError("no account")
+
+    monkeypatch.setitem(sys.modules, library, types.SimpleNamespace(init=init))
+    with pytest.raises(UserError, match=f"{library} could not begin a run: 'no account'"):
+        train_clip.main(config(place, tmp_path, resume=True, **{library: True}))
+
+
+def test_the_slurm_script_starts_the_program_and_goes_on_with_it(place, tmp_path):
+    """With stand-ins for Slurm's two commands: one node of two processes, cut off after a checkpoint, queued again."""
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    for name, line in [("scontrol", "echo localhost"), ("srun", 'exec "$@"')]:
+        (bin / name).write_text(f"#!/bin/bash\n{line}\n")
+        (bin / name).chmod(0o755)
+    environment = {
+        **os.environ, "PATH": f"{bin}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "7",
+    }  # fmt: skip
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(clip_options.as_options(config(place, tmp_path / "run", batch_size=4))))
+    for epochs, last in [("0.5", 6), ("1", 12)]:
+        for folder in (tmp_path / "run" / "training").glob("model"):
+            folder.rename(tmp_path / "earlier")
+        ran = subprocess.run(
+            ["bash", "examples/train_clip.slurm", "--config", str(file), "--epochs", epochs],
+            cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        assert metrics(tmp_path / "run")[-1]["step"] == last
+        assert ("going on from" in ran.stdout) == (last == 12)
 
 
 def test_two_processes_train_shard_and_resume(place, tmp_path):
@@ -661,6 +694,19 @@ class TestMistakes:
             ({"init_from": Path("/no/such/weights")}, "no weights at /no/such/weights"),
             ({"fsdp": True}, "torchrun"),
             ({"probe": "somewhere"}, "probe needs zero_shot"),
+            ({"method": "clip", "rule": "grid"}, "method clip has no mask, and rule grid is one"),
+            ({"method": "clip", "mask_ratio_end": 0.9}, "mask_ratio_end 0.9 needs a mask"),
+            ({"mask_ratio_end": 1.5}, r"mask_ratio .*1\.5"),
+            ({"rule_options": {"anchors": 0.1}}, "belong to a rule, and none is given"),
+            ({"rule": "grid", "rule_options": {"anchors": 0.1}}, "anchors"),
+            ({"caption_tokens": 9}, "caption_tokens must be from 3 to 8, the context of the model, got 9"),
+            ({"caption_reduction": "random"}, "caption_reduction random needs caption_tokens"),
+            ({"caption_tokens": 4, "caption_reduction": "syntax"}, "pip install nltk"),
+            ({"caption_tokens": 4, "caption_reduction": "frequency", "caption_threshold": 0}, "above 0, got 0"),
+            (
+                {"caption_tokens": 4, "caption_reduction": "frequency", "caption_counts": Path("/no/such.json")},
+                "caption_counts /no/such.json is no JSON file",
+            ),
         ],
     )
     def test_one_line_names_what_is_wrong(self, place, tmp_path, changes, message):
@@ -670,6 +716,21 @@ class TestMistakes:
             raise caught.value
         assert str(left.value.code).startswith("train_clip.py: ")
         assert "\n" not in left.value.code
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (None, "is no readable JSON file"),
+            ("[1]", "must hold one object of options"),
+            ('{"mask_ration": 0.5}', "'mask_ration' is no option; did you mean 'mask_ratio'?"),
+        ],
+    )
+    def test_a_file_of_options_that_is_none(self, tmp_path, content, message):
+        file = tmp_path / "run.json"
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(UserError, match=re.escape(message)):
+            options(config=file)
 
     def test_a_torch_that_compiles_wrong_gradients_is_refused(self, place, tmp_path, monkeypatch):
         monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cpu"))
@@ -771,8 +832,9 @@ class TestCost:
             assert found["tokens per image"] == tokens
             assert found["GFLOP per image"] == pytest.approx(3 * (blocks + edges) / 1e9, rel=2e-3)
 
-    def test_the_page_has_what_the_program_prints(self, capsys):
-        training_cost.main(training_cost.Config())
+    @pytest.mark.parametrize("more", [{}, {"mask_ratios": (0, 0.75, 0.918), "caption_tokens": (77, 16, 8)}])
+    def test_the_page_has_what_the_program_prints(self, capsys, more):
+        training_cost.main(training_cost.Config(**more))
         printed, page = (
             [
                 [cell.strip() for cell in line.strip("|").split("|")]
@@ -781,7 +843,25 @@ class TestCost:
             ]
             for text in (capsys.readouterr().out, (EXAMPLES / "README.md").read_text())
         )
-        numbers = [[float(cell) for cell in row] for row in printed[2:]]
-        assert len(numbers) == 4
-        shown = [row for row in page if len(row) == 7 and row[0].replace(".", "").isdigit()]
-        assert [[float(cell) for cell in row] for row in shown] == numbers
+        start = page.index(printed[0])
+        assert page[start : start + len(printed)] == printed
+
+    def test_short_captions_take_fewer_operations(self):
+        """Of a text tower of width 512 and depth 12: 24 N d^2 + 4 N^2 d per block, three times."""
+        config = training_cost.Config()
+        whole, short = (training_cost.count(config, 0.75, length)["GFLOP per pair"] for length in (77, 16))
+        blocks = [12 * (24 * n * 512**2 + 4 * n**2 * 512) for n in (77, 16)]
+        assert whole - short == pytest.approx(3 * (blocks[0] - blocks[1]) / 1e9, rel=0.02)
+        with pytest.raises(UserError, match="caption_tokens must be from 3 to 77"):
+            training_cost.count(config, 0.75, 78)
+
+    def test_hours_are_those_of_the_measured_speeds(self):
+        rows = json.loads((EXAMPLES.parent / "benchmarks/results/h200-clip.json").read_text())["rows"]
+        speeds = {row["mask_ratio"]: row["images_per_s"] for row in rows if row["contender"] == "gaussmask pixels"}
+        speeds[0] = next(row["images_per_s"] for row in rows if row["contender"] == "no mask")
+        page = (EXAMPLES / "README.md").read_text()
+        shown = re.findall(r"^\| H200 \| ([\d.]+) \| ([\d,]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+        assert len(shown) == 3
+        for ratio, speed, hours in shown:
+            assert speed == f"{speeds[float(ratio)]:,.0f}"
+            assert hours == f"{30 * 10e6 / speeds[float(ratio)] / 3600:.1f}"
