@@ -115,9 +115,8 @@ class CLIP(open_clip.CLIP):  # type: ignore[misc]  # open_clip has no types
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype) + self.positional_embedding[: text.shape[1]].to(dtype)
         x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask))
-        x = open_clip.transformer.text_global_pool(
-            x, text, self.text_pool_type, eos_token_id=getattr(self, "text_eos_id", None)
-        )
+        eos = {"eos_token_id": self.text_eos_id} if self.text_pool_type == "eos" else {}
+        x = open_clip.transformer.text_global_pool(x, text, self.text_pool_type, **eos)
         if self.text_projection is not None:
             linear = isinstance(self.text_projection, nn.Linear)
             x = self.text_projection(x) if linear else x @ self.text_projection
