@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from claim_compute import long_runs, sets
 from claim_costs import BASELINE, CURVE_COSTS
-from claim_design import RATIO, Results, Run, Setting
+from claim_design import NAMES, RATIO, Results, Run, Setting
 from claim_records import Record, costs_of, curves_by_run
 from claim_run import length_of
 from clip_intervals import CONFIDENCE, Difference, difference
 from matplotlib.figure import Figure
+from plot_style import WIDTH
 
 UNMASKED = "CLIP"
 UNITS = {"operations": "operations, in steps without a mask", "seconds": "seconds"}
@@ -133,15 +134,15 @@ def plot_curves(found: Mapping[str, Mapping[str, Mapping[int, Curve]]]) -> Figur
     """Accuracy on whole images over operations and over seconds, a row per set; a thin line per seed, a thick one for
     their mean. There must be a curve."""
     units = [unit for unit in UNITS if any(_known(found, unit))]
-    figure = Figure(figsize=(3.6 * len(units), 2.9 * len(found)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.1 * len(found)), layout="constrained")
     axes = figure.subplots(len(found), len(units), squeeze=False)
     for row, (data, methods) in zip(axes, found.items(), strict=True):
         for axis, unit in zip(row, units, strict=True):
             for number, (name, of_seeds) in enumerate(methods.items()):
                 _draw(axis, list(of_seeds.values()), unit, f"C{number}", name)
-            axis.set(xlabel=UNITS[unit], title=data)
+            axis.set(xlabel=UNITS[unit], title=NAMES.get(data, data))
         row[0].set_ylabel("zero-shot top-1 (%)")
-    axes[0, 0].legend(fontsize="small")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 

@@ -15,6 +15,13 @@ RATIO = 0.75  # where one ratio must do
 SIGMA = 0.2  # the authors' default
 OBJECT_SIZE = 0.4
 SCENES = "scenes"
+NAMES = {
+    "cifar10": "CIFAR-10",
+    "tiny-imagenet": "Tiny-ImageNet",
+    "fashion": "fashion",
+    "eurosat": "EuroSAT",
+    "flickr8k": "Flickr8k",
+}
 MOST_SCENES = 76_800
 GRID = 8  # patches per side, whatever the size of the images
 RECALLS = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from claim_curves import Curve, Sooner, lead_after_as_long, sooner
-from claim_design import RATIO
+from claim_design import NAMES, RATIO
 from claim_judge import Judged, interval
 from claim_statistics import CONTRADICTED, NOT_ENOUGH, SHOWN
 from report import RESULTS, markdown
 
-NAMES = {"cifar10": "CIFAR-10", "tiny-imagenet": "Tiny-ImageNet", "fashion": "fashion", "eurosat": "EuroSAT"}
 KINDS = {
     "cifar10": "things that fill the frame",
     "tiny-imagenet": "photos of 200 kinds of things",

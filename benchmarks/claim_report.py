@@ -17,6 +17,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib as mpl
 import pandas as pd
 import tyro
 from matplotlib.figure import Figure
@@ -24,13 +25,14 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from claim_costs import BASELINE
 from claim_curves import curves, plot_curves
-from claim_design import RATIO, RATIOS, Claim, Setting, full_setting
+from claim_design import NAMES, RATIO, RATIOS, Claim, Row, Setting, full_setting
 from claim_judge import Judged, interval, judge, name_of
 from claim_plan import claims
 from claim_reader import compute_table, first_numbers, which_sentence, which_table
 from claim_records import Record, costs_of, read, results_by_run
 from claim_statistics import CONTRADICTED, NOT_ENOUGH, SHOWN, combined, verdict
 from clip_intervals import Difference, difference
+from plot_style import DPI, GREY, STYLE, WIDTH
 from report import fill, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +42,13 @@ PLOTS = ROOT / "docs" / "claims"
 COSTS = Claim("C2", "It costs no more than FLIP", [], ("GLIP", "FLIP"))
 BY_RULE = ("C7", "C7 ratios")  # claims whose rows are every mask on every set
 CURVES = "C0 curves"
+WORDS = {  # of the plots, for those of the labels
+    "val-centred": "centred",
+    "val-offcentre": "off centre",
+    "centering 0.5": "half way",
+    "centering 0": "anywhere",
+    "centering 1": "in the middle",
+}
 SPEED_MARGIN, MEMORY_LIMIT = math.log(0.97), 1.03
 
 
@@ -262,6 +271,14 @@ def origin(records: Sequence[Record]) -> str:
 
 def save_plots(records: Sequence[Record], setting: Setting, folder: Path, names: Collection[str] | None = None) -> None:
     """A plot for every claim that has results, or for those of `names`; it carries the digest of what it shows."""
+    with mpl.rc_context(STYLE):
+        for stem, figure in draw_plots(records, setting).items():
+            if names is None or stem in names:
+                figure.savefig(folder / f"{stem}.png", dpi=DPI, metadata={"Records": records_digest(records)})
+
+
+def draw_plots(records: Sequence[Record], setting: Setting) -> dict[str, Figure]:
+    """By the stem of its file."""
     results = results_by_run(records, setting)
     figures = {}
     for claim in claims(setting, results):
@@ -271,10 +288,7 @@ def save_plots(records: Sequence[Record], setting: Setting, folder: Path, names:
     if found := curves(records, setting, results):
         figures[CURVES] = plot_curves(found)
     figures[COSTS.name] = plot_costs(judge_costs(records, setting))
-    for name, figure in figures.items():
-        stem = name.replace(" ", "-")
-        if names is None or stem in names:
-            figure.savefig(folder / f"{stem}.png", dpi=120, metadata={"Records": records_digest(records)})
+    return {name.replace(" ", "-"): figure for name, figure in figures.items()}
 
 
 def records_digest(records: Sequence[Record]) -> str:
@@ -283,24 +297,39 @@ def records_digest(records: Sequence[Record]) -> str:
 
 
 def plot(claim: Claim, judged: Sequence[Judged]) -> Figure:
-    """Every row's difference with its interval; primary rows filled, those without enough runs grey."""
-    figure = Figure(figsize=(8, 1.1 + 0.24 * len(judged)), layout="constrained")
+    """The difference of every row that was run, with its interval; primary rows filled, grey without enough runs."""
+    rows = [row for row in judged if row.found is not None]
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.22 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for place, row in enumerate(judged):
+    for place, row in enumerate(rows):
         if row.found is None:
             continue
         enough = row.verdict != NOT_ENOUGH
         spread = [[row.found.mean - row.found.low], [row.found.high - row.found.mean]] if enough else None
-        color = "C0" if enough else "0.6"
-        face = color if row.row.primary else "white"
+        color = "C0" if enough else GREY
+        face = color if row.row.primary else "none"
         axes.errorbar(row.found.mean, place, xerr=spread, fmt="o", color=color, markerfacecolor=face, capsize=2)
-    for margin in {0.0, *(row.row.margin for row in judged)}:
-        axes.axvline(margin, color="black", linewidth=0.8, linestyle="-" if margin == 0 else ":")
-    axes.set_yticks(range(len(judged)), [name_of(row.row) for row in judged], fontsize="small")
+    for margin in {0.0, *(row.row.margin for row in rows)}:
+        axes.axvline(margin, color=GREY, linewidth=0.8, linestyle="-" if margin == 0 else ":")
+    axes.set_yticks(range(len(rows)), [in_words(row.row) for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel(f"{claim.sides[0]} − {claim.sides[1]}, points (95 % interval over seeds)")
-    axes.set_title(f"{claim.name}: {claim.title}", fontsize="medium")
+    figure.supxlabel(f"{claim.sides[0]} − {claim.sides[1]}, points (95 % interval over seeds)", fontsize="medium")
     return figure
+
+
+def in_words(row: Row) -> str:
+    """The name of a row as a plot has it."""
+    labels = {name: label for name, label in row.labels.items() if name != "varied"}
+    if "ratio" in labels:
+        labels["ratio"] = "mean of the ratios" if labels["ratio"] == "mean" else f"{float(labels['ratio']):.1%} dropped"
+    if "sigma" in labels:
+        labels["sigma"] = f"σ = {labels['sigma']}"
+    said = ", ".join(labels.values())
+    for code, word in {**NAMES, **WORDS}.items():
+        said = said.replace(code, word)
+    said = re.sub(r"_to_(\w+)_r(\d+)", r" to \1, recall@\2", said)
+    said = re.sub(r"0?\.\d+(?= of the side)", lambda size: f"{float(size[0]):.0%}", said)
+    return said.replace(".0%", "%").replace("%", " %")
 
 
 def plot_by_rule(claim: Claim, judged: Sequence[Judged]) -> Figure:
@@ -308,7 +337,7 @@ def plot_by_rule(claim: Claim, judged: Sequence[Judged]) -> Figure:
     rows = [row for row in judged if row.row.labels["stage"] == "tuned" and row.found]
     panels = list(dict.fromkeys((row.row.labels["ratio"], row.row.labels["data"]) for row in rows))
     across = len({data for _, data in panels})
-    figure = Figure(figsize=(2.6 * across, 2.3 * math.ceil(len(panels) / across)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.3 * math.ceil(len(panels) / across)), layout="constrained")
     grid = figure.subplots(math.ceil(len(panels) / across), across, squeeze=False, sharey=True)
     for axes, (ratio, data) in zip(grid.flat, panels, strict=False):
         own = [row for row in rows if (row.row.labels["ratio"], row.row.labels["data"]) == (ratio, data)]
@@ -316,10 +345,10 @@ def plot_by_rule(claim: Claim, judged: Sequence[Judged]) -> Figure:
             if row.found is not None:
                 spread = [[row.found.mean - row.found.low], [row.found.high - row.found.mean]]
                 shown = spread if row.verdict != NOT_ENOUGH else None
-                axes.errorbar(row.found.mean, place, xerr=shown, fmt="o", color="C0" if shown else "0.6", capsize=2)
-        axes.axvline(0, color="black", linewidth=0.8)
+                axes.errorbar(row.found.mean, place, xerr=shown, fmt="o", color="C0" if shown else GREY, capsize=2)
+        axes.axvline(0, color=GREY, linewidth=0.8)
         axes.set_yticks(range(len(own)), [row.row.labels["mask"] for row in own], fontsize="small")
-        axes.set_title(f"{data}, {float(ratio):.0%} dropped", fontsize="small")
+        axes.set_title(f"{NAMES.get(data, data)}, {float(ratio):.0%} dropped", fontsize="small")
     grid[0, 0].invert_yaxis()
     figure.supxlabel(f"{claim.sides[0]} − {claim.sides[1]}, points after the tuning", fontsize="small")
     return figure
@@ -328,7 +357,7 @@ def plot_by_rule(claim: Claim, judged: Sequence[Judged]) -> Figure:
 def plot_costs(costs: Sequence[Cost]) -> Figure:
     """Speed-ups over CLIP, with the ceiling."""
     models = list(dict.fromkeys(cost.model for cost in costs)) or [""]
-    figure = Figure(figsize=(4.2 * len(models), 3.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
         own = [cost for cost in costs if cost.model == model]
         for side, (name, shift) in enumerate((("FLIP", -0.2), ("GLIP", 0.2))):
@@ -336,13 +365,23 @@ def plot_costs(costs: Sequence[Cost]) -> Figure:
             low = [value - math.exp(cost.speed_ups[side].low) for value, cost in zip(middle, own, strict=True)]
             high = [math.exp(cost.speed_ups[side].high) - value for value, cost in zip(middle, own, strict=True)]
             axes.bar(
-                [place + shift for place in range(len(own))], middle, 0.38, yerr=[low, high], label=name, capsize=2
+                [place + shift for place in range(len(own))],
+                middle,
+                0.38,
+                yerr=[low, high],
+                label=name,
+                capsize=2,
+                ecolor=GREY,
             )
         for place, cost in enumerate(own):
-            axes.hlines(cost.ceiling, place - 0.4, place + 0.4, color="black")
+            axes.hlines(cost.ceiling, place - 0.4, place + 0.4, color=GREY)
         axes.set_xticks(range(len(own)), [f"{cost.mask_ratio:g}" for cost in own])
-        axes.set(title=model, xlabel="share of patches dropped", ylabel="images/s / CLIP (lines: ceiling)")
-        axes.legend()
+        axes.set(title=model, xlabel="share of patches dropped")
+    figure.axes[0].set_ylabel("times CLIP's images per second")
+    figure.axes[0].plot([], color=GREY, label="at best, by the arithmetic")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    if names:
+        figure.legend(handles, names, loc="outside lower center", ncols=3)
     return figure
 
 

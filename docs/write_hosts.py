@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "hosts.md"
+LIBRARIES = ("timm", "open_clip", "transformers")
 sys.path.insert(0, str(ROOT / "tests"))
 
 from hosts import ALL  # noqa: E402
@@ -42,13 +43,24 @@ class Measured(NamedTuple):
 
 TEXT = """# Hosts: which models gaussmask masks
 
-This page is written by `make hosts` from the tables that the tests walk. Measured with {versions}.
+`gaussmask.describe(model)` says of a model at hand what this page says of all families.
 
-`gaussmask.describe(model)` says the same of a model that you have at hand.
+This page is written by `make hosts` from the tables that the tests walk. Measured with {versions}.
 
 ## Masked
 
+*Always kept*: tokens in front of the patches, and behind them. *Pixels*: whether `attach(model, drop, stage="pixels")`
+can drop before the projection, as the family's tiny model is built. *Notes*: what lies beside the tokens with one row
+for each, and loses the rows of the dropped patches too; and what to mind. A mean over tokens is a mean over the kept
+ones.
+
 {masked}
+
+## The proof
+
+Every family is proven by the position oracle.
+
+{proofs}
 
 **The position oracle.** A model in training mode with all other dropouts at 0 keeps some patches, drawn apart for
 every image and in no order, with all position tables and biases random. The hidden states of the kept tokens must be
@@ -58,15 +70,13 @@ its own position. The error is the largest relative difference over the family's
 states and pooled outputs; `tests/test_oracle.py` demands at most 2e-5. Without masked keys the full model differs by
 at least 3e-3.
 
-*Error*: the oracle's. *Always kept*: tokens in front of the patches, and behind them. *Seam*: the host's own slot for
-patch dropout, in which the drop stands, or a hook on the module that returns the tokens. *Follows*: what lies beside
-the tokens with one row for each, and loses the rows of the dropped patches too. A mean over tokens is a mean over the
-kept ones.
+*Error*: the oracle's. *Seam*: the host's own slot for patch dropout, in which the drop stands, or a hook on the module
+that returns the tokens.
 
-*Pixels*: whether `attach(model, drop, stage="pixels")` can drop before the projection, as the family's tiny model is
-built. `tests/test_pixels.py` demands the draws, hidden states and gradients of stage "tokens" to 1e-10 of their largest
-value in float64. Models that are built with a norm or a stem in their patch embedding, or with dropout on their
-embeddings, raise (`describe` tells); so do calls with masked positions, or patches, of your own.
+Where a family drops before the projection, `tests/test_pixels.py` demands the draws, hidden states and gradients of
+stage "tokens" to 1e-10 of their largest value in float64. Models that are built with a norm or a stem in their patch
+embedding, or with dropout on their embeddings, raise (`describe` tells); so do calls with masked positions, or patches,
+of your own.
 
 ## What to know
 
@@ -179,58 +189,86 @@ def measure() -> dict[str, Measured]:
     return {family: Measured(models.get(family, "as built by you"), error) for family, error in errors.items()}
 
 
-def masked_table(measured: dict[str, Measured]) -> str:
+def tiny_models() -> dict[str, Any]:
+    """By family, the first of its tiny models."""
     tiny: dict[str, Any] = {}
     for host in ALL.values():
         model = host.build()
         tiny.setdefault(gaussmask.describe(model).family, model)
+    return tiny
+
+
+def masked_table(measured: dict[str, Measured], tiny: dict[str, Any]) -> str:
     tables = []
-    for library in ("timm", "open_clip", "transformers"):
-        rows = [f"### {library}", "", "| family | models | error | always kept | seam | pixels | follows, notes |"]
-        rows.append("|---|---|---|---|---|---|---|")
-        for key, host in HOSTS.items():
-            family = key.replace(".", " ")
-            if not family.startswith(library):
-                continue
-            found, (models, error) = gaussmask.describe(tiny[family]), measured[family]
-            seam = re.sub(r"[\w.]*\.(\w+)", r"\1", found.seam).replace("forward ", "").replace("stands in for", "slot")
-            front = "as the model has" if callable(host.prefix) else str(host.prefix)
+    for library in LIBRARIES:
+        rows = []
+        for family in families(library):
+            found = gaussmask.describe(tiny[family])
+            prefix = HOSTS[family.replace(" ", ".")].prefix
+            front = "as the model has" if callable(prefix) else str(prefix)
             always = f"{front} + {found.num_suffix_tokens} behind" if found.num_suffix_tokens else front
             notes = " ".join([*(f"{what}." for what in found.besides), found.note]).strip()
             pixels = f"no: {found.pixels_reason}" if found.pixels_reason else f"yes {found.pixels_only}".strip()
-            rows.append(f"| {family.split()[1]} | {models} | {error} | {always} | {seam} | {pixels} | {notes} |")
-        tables.append("\n".join(rows))
+            rows.append([family.split()[1], measured[family].models, always, pixels, notes])
+        tables.append(f"### {library}\n\n{folding(['family', 'models', 'always kept', 'pixels', 'notes'], rows)}")
     return "\n\n".join(tables)
 
 
+def proof_table(measured: dict[str, Measured], tiny: dict[str, Any]) -> str:
+    rows = []
+    for library in LIBRARIES:
+        for family in families(library):
+            seam = re.sub(r"[\w.]*\.(\w+)", r"\1", gaussmask.describe(tiny[family]).seam)
+            seam = seam.replace("forward ", "").replace("stands in for", "slot")
+            rows.append([library, family.split()[1], measured[family].error, seam])
+    head = f"Error and seam of all {len(rows)} families"
+    table = folding(["library", "family", "error", "seam"], rows)
+    return f"<details markdown>\n<summary>{head}</summary>\n\n{table}\n\n</details>"
+
+
+def families(library: str) -> list[str]:
+    """The names of a library's families, as `describe` has them."""
+    return [key.replace(".", " ") for key in HOSTS if key.startswith(f"{library}.")]
+
+
+def folding(heads: list[str], rows: list[list[str]]) -> str:
+    """A table whose rows become cards on a narrow screen."""
+    lines = [" | ".join(cells) for cells in [heads, ["---"] * len(heads), *rows]]
+    table = "\n".join(f"| {line} |" for line in lines)
+    return f'<div class="folds" markdown>\n\n{table}\n\n</div>'
+
+
 def refused_table() -> str:
-    rows = ["| library | reason | classes |", "|---|---|---|"]
+    rows = []
     for library, reasons in REFUSED.items():
-        rows += [f"| {library} | {why} | {' '.join(beginnings.split())} |" for why, beginnings in reasons.items()]
-    return "\n".join(rows)
+        rows += [[library, why, " ".join(beginnings.split())] for why, beginnings in reasons.items()]
+    return folding(["library", "reason", "classes"], rows)
 
 
 def owners_table() -> str:
-    rows = ["| classes (pattern) | reason |", "|---|---|"]
     patterns = {pattern.replace("|", "\\|"): why for pattern, why in REFUSED_OWNERS.items()}
-    return "\n".join(rows + [f"| `{pattern}` | {why} |" for pattern, why in patterns.items()])
+    return folding(["classes (pattern)", "reason"], [[f"`{pattern}`", why] for pattern, why in patterns.items()])
 
 
 def render(measured: dict[str, Measured], versions: str) -> str:
+    tiny = tiny_models()
     return TEXT.format(
-        versions=versions, hosts=len(ALL), masked=masked_table(measured), refused=refused_table(),
-        owners=owners_table(), tried=TRIED,
+        versions=versions, hosts=len(ALL), masked=masked_table(measured, tiny), proofs=proof_table(measured, tiny),
+        refused=refused_table(), owners=owners_table(), tried=TRIED,
     )  # fmt: skip
 
 
 def parse(page: str) -> tuple[dict[str, Measured], str]:
     """The measured part of a page."""
-    measured, library = {}, ""
+    models, errors, library = {}, {}, ""
     for line in page.partition("## Masked")[2].partition("## What")[0].splitlines():
         library = line[4:] if line.startswith("### ") else library
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if len(cells) == 7 and cells[0] not in ("family", "---"):
-            measured[f"{library} {cells[0]}"] = Measured(cells[1], cells[2])
+        if len(cells) == 5 and cells[0] not in ("family", "---"):
+            models[f"{library} {cells[0]}"] = cells[1]
+        if len(cells) == 4 and cells[0] in LIBRARIES:
+            errors[f"{cells[0]} {cells[1]}"] = cells[2]
+    measured = {family: Measured(models[family], error) for family, error in errors.items()}
     return measured, re.search(r"Measured with (.*)\.\n", page)[1]  # type: ignore[index]
 
 

@@ -82,8 +82,8 @@ def test_probability_draws_where_it_is_told_and_says_how_many_are_never_kept():
 
     _, axes = pyplot.subplots()
     assert plot.keep_probability((14, 14), 0.918, sigma=0.2, ax=axes) is axes
-    assert "55% never kept" in axes.get_title()
-    assert "never" not in plot.keep_probability((14, 14), 0.918).get_title()
+    assert "55% kept less than once in 1,000" in axes.get_title()
+    assert "kept" not in plot.keep_probability((14, 14), 0.918).get_title()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,10 @@ def test_probability_draws_where_it_is_told_and_says_how_many_are_never_kept():
     [
         (RandomPatchDropout(0.75), "RandomPatchDropout, ratio 0.75"),
         (GaussianPatchDropout(0.5), "GaussianPatchDropout, ratio 0.5\nσ = 0.2, additive"),
-        (GaussianPatchDropout(0.918), "GaussianPatchDropout, ratio 0.918\nσ = 0.2, additive\n55% never kept"),
+        (
+            GaussianPatchDropout(0.918),
+            "GaussianPatchDropout, ratio 0.918\nσ = 0.2, additive\n55% kept less than once in 1,000",
+        ),
         (
             GaussianPatchDropout(0.75, 0.4, center=(0.5, -0.5), sampling="weighted"),
             "GaussianPatchDropout, ratio 0.75\nσ = 0.4, weighted",

@@ -32,8 +32,11 @@ def test_a_workflow_may_read_and_no_two_of_its_runs_get_in_each_others_way(name)
 def test_a_job_ends_and_writes_only_where_it_releases(name, job):
     settings = WORKFLOWS[name]["jobs"][job]
     assert settings["timeout-minutes"] <= 180
-    rights = {"publish": {"id-token": "write"}, "announce": {"contents": "write"}}
-    assert settings.get("permissions") == (rights.get(job) if name == "release.yml" else None)
+    rights = {
+        "release.yml": {"publish": {"id-token": "write"}, "announce": {"contents": "write"}},
+        "docs.yml": {"deploy": {"contents": "write"}},
+    }
+    assert settings.get("permissions") == rights.get(name, {}).get(job)
 
 
 @pytest.mark.parametrize(("name", "job"), JOBS)

@@ -88,9 +88,10 @@ class Description:
 def describe(model: nn.Module) -> Description:
     """Tell what `attach(model, drop)` would do, or why it would raise. Nothing is changed, and no forward is run.
 
-    >>> from torch import nn
-    >>> print(describe(nn.Linear(2, 2)))  # doctest: +ELLIPSIS
-    torch.Linear holds no vision transformer that gaussmask knows...
+    Examples:
+        >>> from torch import nn
+        >>> print(describe(nn.Linear(2, 2)))  # doctest: +ELLIPSIS
+        torch.Linear holds no vision transformer that gaussmask knows...
     """
     model_name = type(model).__name__
     try:

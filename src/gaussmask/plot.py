@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DROPPED_GREY = 0.85
+RARELY = "kept less than once in 1,000"
 
 
 # How often each patch is kept
@@ -58,7 +59,7 @@ def keep_probability(
 
 
 def keep_probability(*args: Any, **options: Any) -> "Axes":
-    """Draw how likely each patch is kept, on a scale from 0 to 1, with patches that are never kept hatched.
+    """Draw how likely each patch is kept, on a scale from 0 to 1, with patches that are hardly ever kept hatched.
 
     **`keep_probability(drop, grid_size, *, images, draws, ax)`** is of a drop of any rule, which stays as it is, by
     `drop.keep_probability`: on a grid (H, W), patches per column and row. `images` (B, C, height, width), or one
@@ -68,8 +69,8 @@ def keep_probability(*args: Any, **options: Any) -> "Axes":
     **`keep_probability(grid_size, mask_ratio, *, sigma, center, sampling, ax)`** is of random masks (`sigma` None) and
     Gaussian ones without a drop, by `functional.keep_probability`, whose arguments these are.
 
-    `ax` is where to draw; None is a new figure. Where the chances are computed, never is < 0.001. Where they are drawn,
-    it is in none of the draws, which is what the title then says; it may still happen.
+    `ax` is where to draw; None is a new figure. Hatched is a chance below 0.001 where the chances are computed, and
+    kept in none of the draws where they are drawn; the title says which, and of how many patches.
 
     Returns:
         The Axes.
@@ -109,7 +110,7 @@ def _drop_probability(
     chance = drop.keep_probability(grid_size, draws=draws, images=images).cpu()
     if drop._exact_probability is None:
         return _draw_chances(chance, chance == 0, f"never kept in {draws:,} draws", _title(drop), ax)
-    return _draw_chances(chance, chance < 1e-3, "never kept", _title(drop), ax)
+    return _draw_chances(chance, chance < 1e-3, RARELY, _title(drop), ax)
 
 
 def _formula_probability(
@@ -123,7 +124,7 @@ def _formula_probability(
 ) -> "Axes":
     chance = functional.keep_probability(grid_size, mask_ratio, sigma=sigma, center=center, sampling=sampling)
     method = "uniform" if sigma is None else f"σ = {sigma:g}, {sampling}"
-    return _draw_chances(chance, chance < 1e-3, "never kept", f"{method}, ratio {mask_ratio:g}", ax)
+    return _draw_chances(chance, chance < 1e-3, RARELY, f"{method}, ratio {mask_ratio:g}", ax)
 
 
 def _draw_chances(chance: Tensor, never: Tensor, note: str, title: str, ax: "Axes | None") -> "Axes":

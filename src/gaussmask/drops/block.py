@@ -28,9 +28,10 @@ class BlockPatchDropout(PatchDropout):
 
     Arguments, modes and errors are those of `PatchDropout`.
 
-    >>> drop = BlockPatchDropout(0.5)
-    >>> drop(torch.zeros(2, 196, 384)).shape
-    torch.Size([2, 98, 384])
+    Examples:
+        >>> drop = BlockPatchDropout(0.5)
+        >>> drop(torch.zeros(2, 196, 384)).shape
+        torch.Size([2, 98, 384])
     """
 
     def scores(  # type: ignore[override]  # asks for more, by name

@@ -42,11 +42,12 @@ class ClusterPatchDropout(PatchDropout):
         noise: what is added to minus the cosine is uniform in [0, `noise`). It decides between patches that are equally
             alike; with 0 these fall in no order that could be relied on.
 
-    >>> from gaussmask import functional
-    >>> images = torch.randn(2, 3, 64, 64)
-    >>> drop = ClusterPatchDropout(0.5)
-    >>> drop(torch.zeros(2, 64, 384), pixels=functional.cut_patches(images, 8)).shape
-    torch.Size([2, 32, 384])
+    Examples:
+        >>> from gaussmask import functional
+        >>> images = torch.randn(2, 3, 64, 64)
+        >>> drop = ClusterPatchDropout(0.5)
+        >>> drop(torch.zeros(2, 64, 384), pixels=functional.cut_patches(images, 8)).shape
+        torch.Size([2, 32, 384])
     """
 
     _checks: ClassVar[dict[str, Callable[[Any], Any]]] = {

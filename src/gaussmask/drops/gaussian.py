@@ -27,11 +27,12 @@ class GaussianPatchDropout(PatchDropout):
             and others never when the density is high (see `functional.keep_probability`). `"weighted"` is weighted
             sampling without replacement with the density as the weights; every patch has a chance.
 
-    >>> drop = GaussianPatchDropout(0.5, sigma=0.2, num_prefix_tokens=1)
-    >>> drop(torch.zeros(2, 1 + 196, 384)).shape
-    torch.Size([2, 99, 384])
-    >>> drop.keep_mask.shape
-    torch.Size([2, 14, 14])
+    Examples:
+        >>> drop = GaussianPatchDropout(0.5, sigma=0.2, num_prefix_tokens=1)
+        >>> drop(torch.zeros(2, 1 + 196, 384)).shape
+        torch.Size([2, 99, 384])
+        >>> drop.keep_mask.shape
+        torch.Size([2, 14, 14])
     """
 
     _checks: ClassVar[dict[str, Callable[[Any], Any]]] = {

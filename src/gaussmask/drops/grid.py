@@ -35,10 +35,11 @@ class GridPatchDropout(PatchDropout):
         cell_size: side of a cell, in patches. At high ratios larger ones spread the patches further: at .9375, where 2
             keeps a patch in 16 of the 64 cells of a 16 x 16 grid, 4 keeps one in each of its 16.
 
-    >>> drop = GridPatchDropout(0.75)
-    >>> _ = drop(torch.zeros(1, 36, 384))
-    >>> drop.keep_mask.unflatten(1, (3, 2)).unflatten(3, (3, 2)).sum(dim=(2, 4)).tolist()
-    [[[1, 1, 1], [1, 1, 1], [1, 1, 1]]]
+    Examples:
+        >>> drop = GridPatchDropout(0.75)
+        >>> _ = drop(torch.zeros(1, 36, 384))
+        >>> drop.keep_mask.unflatten(1, (3, 2)).unflatten(3, (3, 2)).sum(dim=(2, 4)).tolist()
+        [[[1, 1, 1], [1, 1, 1], [1, 1, 1]]]
     """
 
     _checks: ClassVar[dict[str, Callable[[Any], Any]]] = {

@@ -16,14 +16,15 @@ class RandomPatchDropout(PatchDropout):
 
     Arguments, modes and errors are those of `PatchDropout`.
 
-    >>> drop = RandomPatchDropout(0.75, num_prefix_tokens=1)
-    >>> drop(torch.zeros(2, 1 + 196, 384)).shape
-    torch.Size([2, 50, 384])
+    Examples:
+        >>> drop = RandomPatchDropout(0.75, num_prefix_tokens=1)
+        >>> drop(torch.zeros(2, 1 + 196, 384)).shape
+        torch.Size([2, 50, 384])
 
-    It looks at no coordinates, so that any number of patches will do: sequences, volumes.
+        It looks at no coordinates, so that any number of patches will do: sequences, volumes.
 
-    >>> RandomPatchDropout(0.5)(torch.zeros(2, 1001, 16)).shape
-    torch.Size([2, 500, 16])
+        >>> RandomPatchDropout(0.5)(torch.zeros(2, 1001, 16)).shape
+        torch.Size([2, 500, 16])
     """
 
     needs_grid: ClassVar[bool] = False
