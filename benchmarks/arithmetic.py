@@ -28,12 +28,14 @@ class Tower:
         return self.depth * block + 2 * self.projected * self.values * self.width
 
 
-def clip_ceiling(image: Tower, text: Tower, *, dropped: int, stage: str) -> float:
+def clip_ceiling(image: Tower, text: Tower, *, dropped: int, stage: str, caption_tokens: int | None = None) -> float:
     """Speed-up of both towers together when `dropped` patches cost nothing, and nothing else costs anything.
 
     Args:
+        caption_tokens: that are left of `text.tokens`; all of them if not given.
         stage: `"tokens"`, where all patches are projected, or `"pixels"`, where the kept ones are.
     """
     projected = image.projected - (dropped if stage == "pixels" else 0)
     masked = replace(image, tokens=image.tokens - dropped, projected=projected)
-    return (image.flops + text.flops) / (masked.flops + text.flops)
+    short = replace(text, tokens=caption_tokens or text.tokens)
+    return (image.flops + text.flops) / (masked.flops + short.flops)

@@ -1,13 +1,14 @@
 """A group is what is compared with each other: built, warmed up, weighed, timed in turns, and torn down again."""
 
 import gc
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from memory import peak_mib
-from timing import Contender, clock_for, interleave, summarize, warm_up
+from timing import Contender, HostClock, clock_for, interleave, summarize, warm_up
 
 WARM_UP_ROUNDS = 3  # that the calls before the timing cost, roughly, with the one that measures memory
 EVERY_CONTENDER = "every contender"  # in the row of a group that could not be built
@@ -24,6 +25,7 @@ class Group:
         reference, baseline, without: contenders, see `timing.summarize`.
         round_seconds: what a round may cost on 2 CPU cores; only the progress bar depends on it.
         compiles: number of contenders to be compiled; likewise.
+        one_core: on one thread, of which the time is taken that it computes, and not the time that it waits for others.
     """
 
     keys: Mapping[str, Any]
@@ -34,6 +36,7 @@ class Group:
     round_seconds: float
     compiles: int = 0
     without: str | None = None
+    one_core: bool = False
 
     @property
     def seconds(self) -> float:
@@ -56,7 +59,9 @@ def run_group(group: Group, *, device: str, seed: int, advance: Callable[[float]
     """
     rows: list[dict[str, Any]] = []
     names = [EVERY_CONTENDER]
+    threads = torch.get_num_threads()
     try:
+        torch.set_num_threads(1 if group.one_core else threads)
         torch.manual_seed(seed)
         contenders = list(group.build())
         names = [contender.name for contender in contenders]
@@ -66,6 +71,7 @@ def run_group(group: Group, *, device: str, seed: int, advance: Callable[[float]
         rows = [{**group.keys, "contender": name, "failed": failed} for name in names]
     finally:
         contenders = []
+        torch.set_num_threads(threads)
         _free()
     return rows
 
@@ -73,7 +79,7 @@ def run_group(group: Group, *, device: str, seed: int, advance: Callable[[float]
 def _measure(
     group: Group, contenders: list[Contender], device: str, advance: Callable[[float], object]
 ) -> list[dict[str, Any]]:
-    clock = clock_for(device)
+    clock = HostClock(time.process_time) if group.one_core else clock_for(device)
     before_timing = (group.seconds - group.round_seconds * group.rounds) / len(contenders)
     running: list[Contender] = []
     repeats, peaks, rows = [], [], []

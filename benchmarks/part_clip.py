@@ -8,6 +8,7 @@ from typing import Any
 import open_clip
 import torch
 from arithmetic import Tower, clip_ceiling
+from clip_towers import take_short_captions
 from groups import Group
 from memory import MIB, peak_mib
 from open_clip.transformer import TextTransformer
@@ -30,6 +31,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.visual: Any = sizes.image.build()
         self.text = TextTransformer(**sizes.text)
+        take_short_captions(self.text)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,8 +60,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.images = self.texts = torch.empty(0)
 
-    def inputs(self, batch: int) -> None:
-        """Make images and texts, in the place of those that were there."""
+    def inputs(self, batch: int, caption_tokens: int | None = None) -> None:
+        """Make images and texts, in the place of those that were there; whole captions if no length is given."""
         self.images = self.texts = torch.empty(0)
         self.optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
         if self.device == "cuda":
@@ -69,7 +71,7 @@ class Trainer:
         height, width = self.model.visual.patch_embed.img_size
         text = self.model.text
         self.images = torch.randn(batch, 3, height, width, device=self.device)
-        self.texts = torch.randint(text.vocab_size, (batch, text.context_length), device=self.device)
+        self.texts = torch.randint(text.vocab_size, (batch, caption_tokens or text.context_length), device=self.device)
 
     @property
     def inputs_mib(self) -> float:
@@ -138,15 +140,16 @@ def contenders(
     sizes: Sizes,
     mask_ratio: float,
     stages: Sequence[str],
+    caption_tokens: Sequence[int],
     device: str,
     dtype: torch.dtype,
     budget_mib: float | None,
     batches: dict[Any, int],
 ) -> list[Contender]:
-    """One without a mask, and one per stage.
+    """One without a mask on whole captions, and one per stage and length of the captions.
 
     Args:
-        batches: what was found before, by stage and ratio: the batch without a mask is the same at every ratio.
+        batches: what was found before, by setting: the batch without a mask is the same at every ratio.
     """
     if budget_mib is None:
         budget_mib = 0.9 * torch.cuda.mem_get_info()[0] / MIB
@@ -156,12 +159,12 @@ def contenders(
     image, text = trainer.model.towers
     dropped = image.projected - num_kept_patches(image.projected, mask_ratio)
 
-    def peak(batch: int) -> float:
-        trainer.inputs(batch)
-        return peak_mib(trainer.step, device) + trainer.inputs_mib
+    def contender(stage: str | None, length: int) -> Contender:
+        def peak(batch: int) -> float:
+            trainer.inputs(batch, length)
+            return peak_mib(trainer.step, device) + trainer.inputs_mib
 
-    def contender(stage: str | None) -> Contender:
-        setting = (stage, stage and mask_ratio)
+        setting = (stage, stage and mask_ratio, length)
         trainer.mask(mask_ratio, stage)
         if setting not in batches:
             largest = largest_batch(peak, budget_mib - trainer.resident_mib)
@@ -170,15 +173,19 @@ def contenders(
 
         def prepare() -> None:
             trainer.mask(mask_ratio, stage)
-            trainer.inputs(batch)
+            trainer.inputs(batch, length)
             if device == "cuda":
                 trainer.step()  # which fills the allocator's cache
 
         name = REFERENCE if stage is None else f"gaussmask {stage}"
-        facts = {"ceiling": 1.0 if stage is None else clip_ceiling(image, text, dropped=dropped, stage=stage)}
-        return Contender(name, trainer.step, batch, prepare, facts)
+        name += "" if length == text.tokens else f", {length} caption tokens"
+        ceiling = 1.0
+        if stage is not None:
+            ceiling = clip_ceiling(image, text, dropped=dropped, stage=stage, caption_tokens=length)
+        return Contender(name, trainer.step, batch, prepare, {"ceiling": ceiling, "caption_tokens": length})
 
-    return [contender(stage) for stage in (None, *stages)]
+    lengths = caption_tokens or (text.tokens,)
+    return [contender(None, text.tokens), *(contender(stage, length) for length in lengths for stage in stages)]
 
 
 def groups(
@@ -186,6 +193,7 @@ def groups(
     *,
     ratios: Sequence[float],
     stages: Sequence[str],
+    caption_tokens: Sequence[int] = (),
     device: str,
     dtype: torch.dtype,
     budget_mib: float | None,
@@ -194,12 +202,13 @@ def groups(
     """One group per ratio; eager mode, for a compiled model could not change its drop.
 
     Args:
+        caption_tokens: lengths of the captions beside a mask; whole ones if none is given.
         budget_mib: memory for weights, gradients, moments and activations; None is nine tenths of what is free on
             the GPU.
     """
     found = []
     batches: dict[Any, int] = {}
-    seconds = SECONDS_PER_MIB * (budget_mib or 5000)
+    seconds = SECONDS_PER_MIB * (budget_mib or 5000) * (1 + max(1, len(caption_tokens)) * len(stages)) / 3
     for mask_ratio in ratios:
         keys: dict[str, Any] = {
             "part": "clip",
@@ -207,6 +216,8 @@ def groups(
             "dtype": str(dtype).removeprefix("torch."),
         }
         keys |= {"mask_ratio": mask_ratio, "mode": "eager", "pass": "training step"}
-        build = functools.partial(contenders, sizes, mask_ratio, stages, device, dtype, budget_mib, batches)
+        build = functools.partial(
+            contenders, sizes, mask_ratio, stages, caption_tokens, device, dtype, budget_mib, batches
+        )
         found.append(Group(keys, build, REFERENCE, REFERENCE, rounds, seconds))
     return found

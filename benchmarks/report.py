@@ -8,6 +8,7 @@ pages, between `<!-- results: NAME -->` and `<!-- end -->`, where NAME.json is t
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,14 @@ def text(results: Results) -> str:
         ("overhead", overhead_table),
         ("step", step_table),
         ("clip", clip_table),
+        ("program", program_table),
     ):
         if len(rows) and (rows["part"] == part).any():
             found.append(make(rows[rows["part"] == part]))
+    if len(rows) and (rows["part"] == "loader").any():
+        found.append(loader_table(rows[rows["part"] == "loader"]))
+        if len(trained := trainers(results)):
+            found.append(workers_table(rows[rows["part"] == "loader"], trained))
     if results["cuda"]:
         found.append(cuda_table(pd.DataFrame(results["cuda"])))
     if lines := failures(results):
@@ -180,6 +186,62 @@ def clip_table(rows: pd.DataFrame) -> str:
     return markdown(pd.DataFrame(cells))
 
 
+def program_table(rows: pd.DataFrame) -> str:
+    """Images per second of two programs, and how many times as fast as the other one ours is."""
+    cells = [
+        {
+            "ratio": row.mask_ratio,
+            "patches": ", ".join(map(str, dict.fromkeys((row.baseline_patches, row.patches)))),
+            f"{row.baseline}, images/s": reach(row, "baseline_images_per_s"),
+            f"{row.contender}, images/s": reach(row, "images_per_s"),
+            "times as fast": spread(row, "speed_up"),
+        }
+        for row in rows.itertuples()
+    ]
+    head = f"{rows['model'].iloc[0]}, batch {rows['batch'].iloc[0]:.0f}, {rows['rounds'].min():.0f} rounds:"
+    return f"{head}\n\n{markdown(pd.DataFrame(cells))}"
+
+
+def loader_table(rows: pd.DataFrame) -> str:
+    """Milliseconds per image of every stage, and images per second of the whole, for photos of every size."""
+    texts = []
+    for photos, of_size in rows.groupby("model", sort=False):
+        whole = of_size[of_size["pass"] == "whole"].set_index("contender")
+        cells = {name: {"loader": name} for name in whole.index}
+        for row in of_size.to_dict("records"):
+            for name in [row["contender"]] if row["contender"] in cells else cells:  # where all do the same
+                cells[name][row["pass"]] = f"{row['ms'] / row['batch']:.2f}"
+        for row in whole.itertuples():
+            cells[row.Index] |= {"images/s": plain(row.images_per_s), "times as fast": spread(row, "speed_up")}
+        head = f"Photos of {photos}, {of_size['mode'].iloc[0]}, ms per image:".replace("Photos of photos", "Photos")
+        texts.append(f"{head}\n\n{markdown(pd.DataFrame(cells.values()).fillna('–'))}")
+    return "\n\n".join(texts)
+
+
+def trainers(results: Results) -> pd.DataFrame:
+    """Rows of part clip: those of this run, or of the machine beside it."""
+    rows = results["rows"] + ((results.get("beside") or {}).get("rows", []))
+    return pd.DataFrame([row for row in rows if row["part"] == "clip" and "failed" not in row])
+
+
+def workers_table(rows: pd.DataFrame, trained: pd.DataFrame) -> str:
+    """How many workers keep the model busy: images per second that it takes over those that a core delivers.
+
+    Only for the two loaders that the others are compared with.
+    """
+    whole = rows[(rows["pass"] == "whole") & (rows["model"] == rows["model"].iloc[0])]
+    whole = whole[(whole["contender"] == whole["baseline"]) | (whole["contender"] == whole["reference"])]
+    cells = []
+    for row in trained.drop_duplicates(["mask_ratio", "contender"]).itertuples():
+        needed = {
+            f"workers, {loader.contender}": str(math.ceil(row.images_per_s / loader.images_per_s))
+            for loader in whole.itertuples()
+        }
+        taken = {"ratio": row.mask_ratio, "method": row.contender, "images/s of the model": plain(row.images_per_s)}
+        cells.append(taken | needed)
+    return f"Workers that it takes, photos of {rows['model'].iloc[0]}:\n\n{markdown(pd.DataFrame(cells))}"
+
+
 def cuda_table(rows: pd.DataFrame) -> str:
     """What only a GPU shows about the drop."""
     share = rows["share of a training step"].map("{:.1%}".format)
@@ -192,6 +254,12 @@ def spread(row: Any, measure: str) -> str:
     """Median and quartiles as text."""
     middle, low, high = (getattr(row, measure + suffix) for suffix in ("", "_q25", "_q75"))
     return f"{middle:.2f}×" if low == high else f"{middle:.2f}× ({low:.2f}–{high:.2f})"
+
+
+def reach(row: Any, measure: str) -> str:
+    """Median, lowest and highest as text."""
+    middle, low, high = (plain(getattr(row, measure + suffix)) for suffix in ("", "_min", "_max"))
+    return f"{middle} ({low}–{high})"
 
 
 def plain(figure: Any) -> str:

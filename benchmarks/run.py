@@ -19,18 +19,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import part_clip
 import part_layer
+import part_loader
 import part_overhead
 import part_step
 import sizes
-import torch
-import tyro
 from groups import Group, in_words, run_group
 from machine import describe_machine, git_commit, versions
 from precision import choose_dtype
 from report import failures, save_report
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,21 @@ class Config:
 
     Args:
         parts: any of layer (the drop by itself), overhead (what it adds to a forward that has little else to do), step
-            (a training step of a ViT) and clip (CLIP training), in the order in which they are named.
+            (a training step of a ViT), clip (CLIP training) and loader (images that one core delivers for it), in the
+            order in which they are named.
         ratios: shares of the patches that are dropped.
         modes: of part step: eager, compiled.
         layer_modes: of part layer, likewise.
         stages: of the drop in parts overhead, step and clip: tokens, pixels.
+        caption_tokens: of part clip: lengths of the captions beside a mask; whole ones if none is named.
         models: of part step; all of them if none is named.
         unmasked: whether part step times the step on all patches too, which takes longer than all others together.
         dtype: of parts step and clip: float32, bfloat16 (autocast), or auto for the faster of the two on this device.
         rounds: of parts step and clip. Every contender is timed once per round.
-        layer_rounds: of parts layer and overhead, whose calls are short.
+        layer_rounds: of parts layer, overhead and loader, whose calls are short.
+        photos: shards that part loader reads, instead of stand-ins that it makes.
+        beside: results.json of another machine, whose part clip tells how many images per second a model takes; by
+            default that of this run.
         memory_budget: GiB that part clip may fill with weights, gradients, moments and activations on a CPU; on a GPU
             it takes nine tenths of the free memory, or less where that does not fit after all.
         minutes: after which no further group is begun; what is left out is said. None is no limit.
@@ -57,16 +65,19 @@ class Config:
         output: folder for the results.
     """
 
-    parts: tuple[str, ...] = ("layer", "overhead", "step", "clip")
+    parts: tuple[str, ...] = ("layer", "overhead", "step", "clip", "loader")
     ratios: tuple[float, ...] = (0.5, 0.75, 0.918)
     modes: tuple[str, ...] = ("eager", "compiled")
     layer_modes: tuple[str, ...] = ("eager",)
     stages: tuple[str, ...] = ("tokens", "pixels")
+    caption_tokens: tuple[int, ...] = ()
     models: tuple[str, ...] = ()
     unmasked: bool = True
     dtype: str = "auto"
     rounds: int = 4
     layer_rounds: int = 15
+    photos: str | None = None
+    beside: Path | None = None
     memory_budget: float = 5.0
     minutes: float | None = None
     seed: int = 0
@@ -76,7 +87,7 @@ class Config:
 
     def __post_init__(self) -> None:
         known = {
-            "parts": ("layer", "overhead", "step", "clip"),
+            "parts": ("layer", "overhead", "step", "clip", "loader"),
             "modes": ("eager", "compiled"),
             "layer_modes": ("eager", "compiled"),
             "stages": ("tokens", "pixels"),
@@ -111,7 +122,8 @@ def main(config: Config) -> None:
         "command": shlex.join(["python", *sys.argv]),
         "seed": config.seed,
         "git": git_commit(),
-        "config": asdict(config) | {"output": config.output.name},
+        "config": asdict(config) | {"output": config.output.name, "beside": config.beside and config.beside.name},
+        "beside": trainer(config.beside),
         "rows": [],
         "cuda": [],
         "left_out": [],
@@ -167,9 +179,19 @@ def plan(config: Config, size: sizes.Sizes, dtype: torch.dtype) -> list[Group]:
         "layer": lambda: part_layer.groups(size, **short, modes=config.layer_modes),
         "overhead": lambda: part_overhead.groups(**short, stages=config.stages),
         "step": lambda: part_step.groups(size, **training, modes=config.modes, unmasked=config.unmasked),
-        "clip": lambda: part_clip.groups(size, **training, budget_mib=budget_mib),
+        "clip": lambda: part_clip.groups(size, **training, caption_tokens=config.caption_tokens, budget_mib=budget_mib),
+        "loader": lambda: part_loader.groups(size, photos_at=config.photos, device=device, rounds=layer_rounds),
     }
     return [group for part in config.parts for group in parts[part]()]
+
+
+def trainer(file: Path | None) -> dict[str, Any] | None:
+    """The rows of part clip of other results, and the machine."""
+    if file is None:
+        return None
+    other = json.loads(file.read_text(encoding="utf-8"))
+    rows = [row for row in other["rows"] if row["part"] == "clip" and "failed" not in row]
+    return {"machine": other["machine"], "rows": rows}
 
 
 def save(results: dict[str, Any], path: Path) -> None:

@@ -24,6 +24,15 @@ class VisionModel:
 
 
 @dataclass(frozen=True)
+class Photos:
+    """Width and height of the stand-ins that are loaded, side of the crops, and how many are a batch."""
+
+    photos: tuple[tuple[int, int], ...] = ((500, 375), (1000, 750))
+    crop: int = 224
+    batch: int = 64
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Of everything that is measured.
 
@@ -31,12 +40,14 @@ class Sizes:
         layer: shape (B, 1 + N, D) of the tokens in part layer.
         step: models of part step.
         image, text: towers of part clip; `text` are the arguments of open_clip's TextTransformer.
+        loader: photos of part loader.
     """
 
     layer: tuple[int, int, int]
     step: tuple[VisionModel, ...]
     image: VisionModel
     text: Mapping[str, int]
+    loader: Photos = Photos()
 
 
 CLIP_TEXT = {
@@ -61,4 +72,5 @@ QUICK = Sizes(
     step=(VisionModel("vit_tiny_patch16_224", 4, TINY),),
     image=VisionModel("vit_tiny_patch16_224", 1, TINY),
     text={"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1, "output_dim": 16},
+    loader=Photos(((80, 60),), 16, 4),
 )

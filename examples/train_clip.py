@@ -59,7 +59,7 @@ from clip_options import Config, as_options, parse
 from clip_plan import Phase, configure_model, plan, prepare_output, ratio_at
 from clip_shards import count_samples, expand, is_local
 from clip_step import autocast, learning_rate, make_optimizer, set_learning_rate, train_step_in_parts
-from clip_stream import CaptionStream, Memory, Progress, Shards
+from clip_stream import CaptionStream, Memory, Progress, Shards, open_loader
 from clip_towers import create_model, make_tokenizer, save_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -135,14 +135,7 @@ def run(phase: Phase, config: Config, ranks: Ranks) -> None:
             world_size=ranks.world_size,
             progress=progress,
         )
-        loader = torch.utils.data.DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=data.workers,
-            prefetch_factor=data.prefetch if data.workers > 0 else None,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # of its own, so that it draws nothing from the masks' one
-        )
+        loader = open_loader(stream, workers=data.workers, prefetch=data.prefetch, pin=device.type == "cuda")
         encoder = Encoder(
             clip, tokenize, compute.device, compute.precision, preprocessing.mean, preprocessing.std,
             evaluated.eval_batch_size, recipe.seed, data.workers,

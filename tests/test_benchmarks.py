@@ -6,15 +6,19 @@ import json
 import math
 import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import open_clip
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import part_clip
 import part_layer
+import part_loader
 import part_overhead
 import part_step
 import report
@@ -37,7 +41,9 @@ CONTENDERS = {
     "overhead": set(part_overhead.models(0.5, STAGES)),
     "step": {"unmasked", "timm patch_drop_rate", "ideal"} | MASKED,
     "clip": {"no mask"} | MASKED,
+    "loader": set(part_loader.loaders(16)),
 }
+EVERY_LOADER = {"read", "tokenize"}  # passes of part loader that are the same for all
 
 
 pytestmark = pytest.mark.xdist_group("benchmarks")  # one quick run for all of them
@@ -71,16 +77,19 @@ def test_every_contender_is_in_every_group(results):
 
     groups = {tuple(k): list(rows) for k, rows in itertools.groupby(sorted(results["rows"], key=key), key=key)}
     assert {name[0] for name in groups} == set(CONTENDERS)
+    assert {name[5] for name in groups if name[0] == "loader"} == {*part_loader.STAGES, "whole"}
     for name, rows in groups.items():
-        assert {row["contender"] for row in rows} == CONTENDERS[name[0]]
-        assert len(rows) == len(CONTENDERS[name[0]])
+        expected = {part_loader.ANYONE} if name[5] in EVERY_LOADER else CONTENDERS[name[0]]
+        expected = expected | ({part_loader.DEVICE} if name[5] == part_loader.WHOLE else set())
+        assert {row["contender"] for row in rows} == expected
+        assert len(rows) == len(expected)
         own = {row["contender"]: row for row in rows}
         assert {own[row["reference"]][f"ratio{end}"] for row in rows for end in ("", "_q25", "_q75")} == {1}
         assert {own[row["baseline"]]["speed_up"] for row in rows} == {1}
         for row in rows:
             assert 0 < row["ms_q25"] <= row["ms"] <= row["ms_q75"]
             assert row["rounds"] == 2
-            assert row["peak_mib"] > 0
+            assert row["peak_mib"] > 0 or name[0] == "loader"  # PIL's memory is not torch's
 
 
 def test_texts_go_between_the_markers_of_a_page_and_nowhere_else(results):
@@ -118,6 +127,66 @@ def test_the_layers_do_the_same_job(mask_ratio):
         same = (out[:, :, None] == x[:, None]).all(-1)
         assert (same.sum(2) == 1).all(), name  # each a row of x, of its own image
         assert same.sum(1).max() == 1, name  # and none twice
+
+
+def test_the_loaders_do_the_same_job_and_every_stage_its_part_of_it():
+    """The crops of open_clip's transform, of stand-ins that are photos; tokens and images of the whole shard."""
+    shards = part_loader.stand_ins(80, 60, 6)
+    samples = part_loader.pairs(shards, 6)
+    assert len({sample.image for sample in samples}) == 6
+    assert len(part_loader.pairs(shards, 15)) == 15  # from the beginning again
+    found = {}
+    for name, loader in part_loader.loaders(16).items():
+        stages = part_loader.calls(loader, shards, samples, open_clip.SimpleTokenizer(), "cpu")
+        decoded = {np.asarray(parts[0]).size // 3 for parts in map(loader.open, [sample.image for sample in samples])}
+        assert (max(decoded) < 80 * 60) if name == "reduced" else (decoded == {80 * 60})
+        torch.manual_seed(0)
+        crops = [loader(sample.image) for sample in samples]
+        shared = part_loader.hand_over(crops, [16, 16])
+        assert shared.is_shared()
+        found[name] = loader.on("cpu", shared)
+        assert found[name].dtype == torch.float32
+        assert stages["whole"]().shape == (6, 3, 16, 16)
+        assert len(stages["crop"]()) == len(stages["tokenize"]()) == len(stages["read"]()) == 6
+    before, full, reduced = found.values()
+    torch.testing.assert_close(full, before, rtol=0, atol=0.06)
+    assert 0 < (reduced - before).abs().mean() < 0.3
+
+
+def test_the_numbers_of_workers_are_those_of_the_model_and_the_loader():
+    keys = {"part": "loader", "model": "500 x 375 px", "mode": "m", "pass": "whole", "mask_ratio": 0.0}
+    keys |= {"baseline": "a", "reference": "b"}
+    speeds = {"a": 200.0, "b": 450.0, "c": 1000.0}
+    loaders = [keys | {"contender": name, "images_per_s": speed} for name, speed in speeds.items()]
+    clip = {"part": "clip", "mask_ratio": 0.75, "contender": "gaussmask pixels", "images_per_s": 901.0}
+    for results in ({"rows": [*loaders, clip]}, {"rows": loaders, "beside": {"rows": [clip]}}):
+        table = report.workers_table(report.pd.DataFrame(loaders), report.trainers(results))
+        assert table.splitlines()[-1] == "| 0.75 | gaussmask pixels | 901 | 5 | 3 |"
+
+
+def test_a_run_takes_the_photos_and_the_model_of_the_user(tmp_path, results):
+    (tmp_path / "other.json").write_text(json.dumps(results), encoding="utf-8")
+    changes = {"photos": part_loader.stand_ins(40, 50, 3)[0], "beside": tmp_path / "other.json"}
+    main(Config(quick=True, output=tmp_path, device="cpu", dtype="float32", parts=("loader",), **changes))
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "Photos of one's own, crops of 16 px, one core, ms per image:" in text
+    assert "| 0.918 | gaussmask pixels |" in text
+
+
+def test_a_group_on_one_core_does_not_count_what_it_waits_and_leaves_the_threads_as_they_were():
+    waiting = [Contender(name, lambda: time.sleep(0.03), 1) for name in ("ideal", "unmasked")]
+    rows = run_group(replace(group_of(*waiting), one_core=True), device="cpu", seed=0, advance=lambda _: None)
+    assert all(0 < row["ms"] < 30 for row in rows)
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        names = ("ideal", "unmasked")
+        contenders = [Contender(name, lambda: seen.append(torch.get_num_threads()), 1) for name in names]
+        run_group(replace(group_of(*contenders), one_core=True), device="cpu", seed=0, advance=lambda _: None)
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("mask_ratio", [0.5, 0.918])
@@ -215,6 +284,23 @@ def test_the_ceiling_is_that_of_the_arithmetic():
     tokens, pixels = ([clip_ceiling(image, text, dropped=n, stage=stage) for n in dropped] for stage in STAGES)
     assert [round(ceiling, 2) for ceiling in tokens] == [1.76, 2.78, 4.52]
     assert all(above < ceiling < 1.03 * above for above, ceiling in zip(tokens, pixels, strict=True))
+
+
+def test_short_captions_raise_the_ceiling_and_are_contenders_of_their_own():
+    """Of a text tower of 4 instead of 8 tokens: (image + text) / (masked image + short text), by the arithmetic."""
+    image, text = Tower(17, 32, 2, 16, 768), Tower(8, 32, 1)
+    short = clip_ceiling(image, text, dropped=8, stage="tokens", caption_tokens=4)
+    whole = clip_ceiling(image, text, dropped=8, stage="tokens")
+    per_token = [24 * n * 32**2 + 4 * n**2 * 32 for n in (8, 4)]
+    both = image.flops + text.flops
+    assert both / short == pytest.approx(both / whole - per_token[0] + per_token[1])
+    options = {"device": "cpu", "dtype": torch.float32, "budget_mib": 5, "rounds": 1}
+    (group,) = part_clip.groups(sizes.QUICK, ratios=(0.5,), stages=("pixels",), caption_tokens=(8, 4), **options)
+    rows = {row["contender"]: row for row in run_group(group, device="cpu", seed=0, advance=lambda seconds: None)}
+    assert list(rows) == ["no mask", "gaussmask pixels", "gaussmask pixels, 4 caption tokens"]
+    assert [row["caption_tokens"] for row in rows.values()] == [8, 8, 4]
+    ceilings = [row["ceiling"] for row in rows.values()]
+    assert 1 == ceilings[0] < ceilings[1] < ceilings[2]
 
 
 @pytest.mark.parametrize(("gradients", "budget"), [(10, 1000), (400, 1000), (10, 24)])
