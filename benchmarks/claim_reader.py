@@ -44,6 +44,15 @@ def which_table(judged: Sequence[Judged], stage: str = "tuned") -> str:
     return markdown(pd.DataFrame([rows[place] for place in by_images]).fillna("–"))
 
 
+IN_CODE = {
+    "GLIP": "`GaussianPatchDropout`",
+    "weighted": '`GaussianPatchDropout(sampling="weighted")`',
+    "grid": "`GridPatchDropout`",
+    "block": "`BlockPatchDropout`",
+    "cluster": "`ClusterPatchDropout`",
+}  # by the name in the tables; RECLIP is no mask
+
+
 def which_sentence(judged: Sequence[Judged]) -> str:
     """Which mask to take, as far as the tuned rows at one ratio show it, of sets where all masks have been run."""
     rows = [row for row in judged if row.row.labels["stage"] == "tuned" and row.row.labels["ratio"] == f"{RATIO:g}"]
@@ -57,7 +66,8 @@ def which_sentence(judged: Sequence[Judged]) -> str:
         ahead = [row for row in rows if row.row.labels["data"] == data and row.verdict == SHOWN and row.found]
         if ahead:
             best = max(ahead, key=lambda row: row.found.mean if row.found else 0.0)
-            found.append(f"{best.row.labels['mask']} was {interval(best.found, 1)} points ahead on {_kind(data)}")
+            mask = best.row.labels["mask"]
+            found.append(f"{IN_CODE.get(mask, mask)} was {interval(best.found, 1)} points ahead on {_kind(data)}")
     others = len(tested) - len(found)
     said = "; ".join(found)
     if not found:

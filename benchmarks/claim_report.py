@@ -123,9 +123,11 @@ def claim_text(claim: Claim, judged: Sequence[Judged]) -> str:
         return "Not run yet."
     if claim.name in BY_RULE:
         return "\n\n".join(f"*{stage}*\n\n{which_table(judged, stage)}" for stage in ("tuned", "unmasked", "masked"))
-    listed = [row for row in judged if row.found or claim.seeds is None]  # of a choice, what has been tried
-    table = markdown(pd.DataFrame([_cells(claim, row) for row in listed]))
     primary = [row for row in judged if row.row.primary]
+    is_choice = claim.seeds is not None and not primary
+    listed = [row for row in judged if row.found or not is_choice]  # of a choice, what has been tried
+    cells = pd.DataFrame([_cells(claim, row) for row in listed])
+    table = markdown(cells.drop(columns="verdict") if is_choice else cells)  # it takes the best, and proves nothing
     if not primary:
         return table
     rows = "; ".join(f"{name_of(row.row)}: {interval(row.found)}, {row.verdict}" for row in primary)

@@ -263,7 +263,7 @@ class TestReader:
             judged("eurosat", "GLIP", [0.5, -0.5, 0.1, 0.2, -0.2]),
         ]
         said = claim_reader.which_sentence(rows)
-        assert "; cluster was +8.8 [+8.1, +9.5] points ahead on products on white (fashion)" in said
+        assert "; `ClusterPatchDropout` was +8.8 [+8.1, +9.5] points ahead on products on white (fashion)" in said
         assert "GLIP" not in said
         assert "ahead of random on the other 1 kind of images" in said
         assert "depends on the images" in claim_reader.which_sentence([])
