@@ -1,15 +1,32 @@
-"""What the figures were measured on, and with which versions."""
+"""What the figures were measured on, with which versions, and by which command."""
 
+import datetime
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import timm
 import torch
 
 import gaussmask
+
+
+def head_of_results(device: str, dtype: torch.dtype, reason: str, seed: int) -> dict[str, Any]:
+    """What results.json begins with; `reason` is that of the dtype."""
+    return {
+        "machine": describe_machine(device),
+        "versions": versions(),
+        "dtype": {"name": str(dtype).removeprefix("torch."), "reason": reason},
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "seed": seed,
+        "git": git_commit(),
+    }
 
 
 def describe_machine(device: str) -> dict[str, str | int | None]:

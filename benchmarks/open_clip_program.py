@@ -10,12 +10,10 @@ Images per second are what each program logs, without the first steps. It leaves
 after every run, so that an interrupted command loses nothing) and `results.md` (the table).
 """
 
-import datetime
 import json
 import math
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -34,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from clip_shards import expand
 from clip_towers import model_config
-from machine import describe_machine, git_commit, versions
+from machine import head_of_results
 from open_clip_launcher import PATCHES
 from part_loader import CAPTION, photo
 from precision import choose_dtype
@@ -149,13 +147,7 @@ def main(config: Config) -> None:
     job = replace(job, precision="bf16" if dtype == torch.bfloat16 else "fp32")
     runs: list[Run] = []
     results: dict[str, Any] = {
-        "machine": describe_machine(config.device),
-        "versions": versions(),
-        "dtype": {"name": str(dtype).removeprefix("torch."), "reason": reason},
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "seed": config.seed,
-        "git": git_commit(),
+        **head_of_results(config.device, dtype, reason, config.seed),
         "config": asdict(config) | asdict(job) | {"model": Path(job.model).stem, "output": config.output.name},
         "rows": [],
         "cuda": [],

@@ -8,10 +8,8 @@ It leaves in `--output`: `results.json` (written after every group, so that an i
 `results.md` (the tables) and plots. `--help` shows every option, benchmarks/README.md says what is measured.
 """
 
-import datetime
 import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +29,7 @@ import part_overhead
 import part_step
 import sizes
 from groups import Group, in_words, run_group
-from machine import describe_machine, git_commit, versions
+from machine import head_of_results
 from precision import choose_dtype
 from report import failures, save_report
 
@@ -115,13 +113,7 @@ def main(config: Config) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
     dtype, reason = choose_dtype(config.dtype, config.device)
     results: dict[str, Any] = {
-        "machine": describe_machine(config.device),
-        "versions": versions(),
-        "dtype": {"name": str(dtype).removeprefix("torch."), "reason": reason},
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "seed": config.seed,
-        "git": git_commit(),
+        **head_of_results(config.device, dtype, reason, config.seed),
         "config": asdict(config) | {"output": config.output.name, "beside": config.beside and config.beside.name},
         "beside": trainer(config.beside),
         "rows": [],

@@ -4,7 +4,6 @@ options -> training (masked, perhaps on short captions) -> tuning (everything wh
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,6 @@ from clip_towers import model_config
 from user_errors import UserError
 
 import gaussmask
-
-RULES: dict[str, Callable[..., gaussmask.PatchDropout]] = {
-    "random": gaussmask.RandomPatchDropout,
-    "gaussian": gaussmask.GaussianPatchDropout,
-    "grid": gaussmask.GridPatchDropout,
-    "block": gaussmask.BlockPatchDropout,
-    "cluster": gaussmask.ClusterPatchDropout,
-}
 
 
 @dataclass(frozen=True)
@@ -115,16 +106,12 @@ def plan(config: Config, ranks: Ranks) -> list[Phase]:
 
 def choose_drop(mask: Mask) -> gaussmask.PatchDropout | None:
     """What drops patches, at `mask_ratio`; None for training on all of them."""
-    method = mask.method.removeprefix("reclip").removeprefix("+") or "clip"
-    if mask.rule is None:
-        if mask.rule_options:
-            raise UserError(f"rule_options {mask.rule_options} belong to a rule, and none is given: --rule cluster")
-        drop = make_drop(method, mask.mask_ratio, sigma=mask.sigma, sampling=mask.sampling)
-    elif mask.method == "clip":
+    method = mask.rule or mask.method.removeprefix("reclip").removeprefix("+") or "clip"
+    if mask.rule is None and mask.rule_options:
+        raise UserError(f"rule_options {mask.rule_options} belong to a rule, and none is given: --rule cluster")
+    if mask.rule is not None and mask.method == "clip":
         raise UserError(f"method clip has no mask, and rule {mask.rule} is one: leave out one of the two")
-    else:
-        options: dict[str, Any] = {"sigma": mask.sigma, "sampling": mask.sampling} if mask.rule == "gaussian" else {}
-        drop = RULES[mask.rule](mask.mask_ratio, **options | mask.rule_options)
+    drop = make_drop(method, mask.mask_ratio, sigma=mask.sigma, sampling=mask.sampling, options=mask.rule_options)
     if mask.mask_ratio_end is not None:
         if drop is None:
             raise UserError(f"mask_ratio_end {mask.mask_ratio_end} needs a mask, and method {mask.method} has none")

@@ -132,7 +132,7 @@ def captions_of(raw: RawSample) -> list[str]:
 def count_samples(shards: Sequence[str]) -> int:
     """How many samples with an image local shards hold.
 
-    A `sizes.json` beside them, as img2dataset leaves it (`{"00000.tar": 9871, ...}`), saves the reading.
+    A `sizes.json` beside them, as open_clip reads it (`{"00000.tar": 9871, ...}`), saves the reading.
     """
     known: dict[str, int] = {}
     for folder in {Path(shard).parent for shard in shards}:

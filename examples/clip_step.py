@@ -9,7 +9,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,6 +23,13 @@ import gaussmask
 
 METHODS = ("clip", "flip", "glip")
 OTHER_RULES = ("weighted", "grid", "block", "cluster")  # "weighted" is GLIP's Gaussian, drawn without sure winners
+RULES: dict[str, Callable[..., gaussmask.PatchDropout]] = {
+    "random": gaussmask.RandomPatchDropout,
+    "gaussian": gaussmask.GaussianPatchDropout,
+    "grid": gaussmask.GridPatchDropout,
+    "block": gaussmask.BlockPatchDropout,
+    "cluster": gaussmask.ClusterPatchDropout,
+}
 MAX_LOGIT_SCALE = math.log(100)  # as in CLIP, section 2.5
 
 
@@ -93,21 +100,24 @@ def train_step_in_parts(
     return loss.detach()
 
 
-def make_drop(method: str, mask_ratio: float, *, sigma: float, sampling: str) -> gaussmask.PatchDropout | None:
-    """What a method drops: nothing (`"clip"`), random patches (`"flip"`), those far from the centre (`"glip"`), or what
-    one of `OTHER_RULES` drops."""
-    makers: dict[str, Callable[[], gaussmask.PatchDropout | None]] = {
-        "clip": lambda: None,
-        "flip": lambda: gaussmask.RandomPatchDropout(mask_ratio),
-        "glip": lambda: gaussmask.GaussianPatchDropout(mask_ratio, sigma, sampling=sampling),
-        "weighted": lambda: gaussmask.GaussianPatchDropout(mask_ratio, sigma, sampling="weighted"),
-        "grid": lambda: gaussmask.GridPatchDropout(mask_ratio),
-        "block": lambda: gaussmask.BlockPatchDropout(mask_ratio),
-        "cluster": lambda: gaussmask.ClusterPatchDropout(mask_ratio),
-    }
-    if method not in makers:
-        raise ValueError(f"method must be one of {', '.join(makers)}, got {method!r}")
-    return makers[method]()
+def make_drop(
+    method: str, mask_ratio: float, *, sigma: float, sampling: str, options: Mapping[str, Any] | None = None
+) -> gaussmask.PatchDropout | None:
+    """What a method drops.
+
+    Args:
+        method: nothing (`"clip"`), random patches (`"flip"`), those far from the centre (`"glip"`), or what one of
+            `OTHER_RULES` or of `RULES` drops.
+        sigma, sampling: of the Gaussian.
+        options: more of the rule's class.
+    """
+    rule = {"flip": "random", "glip": "gaussian", "weighted": "gaussian"}.get(method, method)
+    if rule == "clip":
+        return None
+    if rule not in RULES:
+        raise ValueError(f"method must be one of {', '.join((*METHODS, *OTHER_RULES))}, got {method!r}")
+    gaussian = {"sigma": sigma, "sampling": "weighted" if method == "weighted" else sampling}
+    return RULES[rule](mask_ratio, **(gaussian if rule == "gaussian" else {}) | dict(options or {}))
 
 
 def count_operations(model: nn.Module, images: Tensor, tokens: Tensor) -> int:

@@ -3,11 +3,13 @@
 import json
 import math
 import random
+import typing
 from collections import Counter
 
 import clip_captions
 import clip_options
 import clip_plan
+import clip_step
 import clip_towers
 import open_clip
 import pytest
@@ -213,4 +215,4 @@ class TestOptions:
         assert drop.mask_ratio == 0.75
         if rule == "gaussian":
             assert drop.sampling == "weighted"
-        assert set(clip_plan.RULES) == {"random", "gaussian", "grid", "block", "cluster"}
+        assert set(clip_step.RULES) == set(typing.get_args(clip_options.Rule))
