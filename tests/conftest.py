@@ -1,5 +1,6 @@
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -11,6 +12,30 @@ settings.register_profile("default", deadline=None, max_examples=30, print_blob=
 settings.register_profile("nightly", parent=settings.get_profile("default"), max_examples=10_000)
 
 collect_ignore = ["upstream"]  # tests of others, with settings of their own: nox -s upstream
+
+# Whose tests read what one long run has left.
+SHARE_A_RUN = {
+    "tests/test_benchmarks.py", "tests/test_claims.py", "tests/test_hf_clip.py", "tests/test_imagenet.py",
+    "tests/test_open_clip_program.py", "tests/test_package.py", "tests/test_site.py",
+}  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Those tests go to one process, file by file, and all others wherever one is free.
+
+    xdist 3.8's own groups are suffixes of a test's name, which pytest 9.2 does not report.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRun(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file in SHARE_A_RUN else nodeid
+
+    return ByRun(config, log)
 
 
 def pytest_addoption(parser):

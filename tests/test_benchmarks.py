@@ -46,9 +46,6 @@ CONTENDERS = {
 EVERY_LOADER = {"read", "tokenize"}  # passes of part loader that are the same for all
 
 
-pytestmark = pytest.mark.xdist_group("benchmarks")  # one quick run for all of them
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What a quick run leaves behind."""

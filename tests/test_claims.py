@@ -48,9 +48,6 @@ def record(run, setting=FULL, **results):
     return {**training_keys(run, setting), "results": results, **circumstances}
 
 
-pytestmark = pytest.mark.xdist_group("claims")  # one smoke run for all of them
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stand-ins") / "data"
