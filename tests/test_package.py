@@ -144,13 +144,17 @@ def test_only_torch_and_einops_come_without_an_extra(metadata):
 def test_links_of_the_long_description_are_absolute_and_lead_to_files_of_this_version(description):
     targets = re.findall(r"\]\(([^)]+)\)", description)
     assert len(targets) > 5
-    assert all(target.startswith(("https://", "#")) for target in targets)
-    places = re.compile(r"https://github.com/gaussmask/gaussmask/(?:blob|raw)/v([^/]+)/([^#]+)")
+    assert all(target.startswith("https://") for target in targets)
+    places = re.compile(r"https://github.com/gaussmask/gaussmask/(?:blob|raw|tree)/([^/#]+)(?:/([^#]+))?(?:#(.+))?$")
     within = [match for match in map(places.match, targets) if match]
-    assert within
+    readme = (ROOT / "README.md").read_text("utf-8")
+    anchors = {heading.lower().replace(" ", "-") for heading in re.findall(r"^## (.+)$", readme, flags=re.MULTILINE)}
+    assert {match[3] for match in within if match[2] is None} <= anchors
+    assert len(within) > 10
+    ref = "main" if ".dev" in gaussmask.__version__ else f"v{gaussmask.__version__}"
     for match in within:
-        assert match[1] == gaussmask.__version__
-        assert (ROOT / match[2]).exists()
+        assert match[1] == ref
+        assert (ROOT / (match[2] or "README.md")).exists()
 
 
 def test_the_long_description_is_the_readme(description):

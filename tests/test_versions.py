@@ -49,8 +49,19 @@ def test_every_extra_is_tried_alone():
     assert tried["BRINGS"].keys() == tried["USES"].keys() == EXTRAS.keys()
 
 
-def test_the_citation_has_the_version():
-    assert f"\nversion: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+def test_citation_changelog_and_readme_have_the_version_and_its_date():
+    """Of the last release, while a later version is in the making."""
+    citation, changelog, readme = (
+        (ROOT / name).read_text("utf-8") for name in ("CITATION.cff", "CHANGELOG.md", "README.md")
+    )
+    version, date = re.search(r"^## \[(\d[^\]]*)\] - (\d{4}-\d\d-\d\d)$", changelog, flags=re.MULTILINE).groups()
+    assert f"\nversion: {version}\ndate-released: {date}\n" in citation
+    assert f"\n[{version}]: https://github.com/gaussmask/gaussmask/releases/tag/v{version}\n" in changelog
+    assert f"[{version}](CHANGELOG.md)" in readme
+    assert PROJECT["version"] == version or (
+        Version(PROJECT["version"]).is_devrelease and Version(PROJECT["version"]) > Version(version)
+    )
+    assert find_notes(f"v{version}", f'version = "{version}"', changelog)
 
 
 # The notes of a release
