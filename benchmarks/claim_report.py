@@ -23,17 +23,17 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from claim_costs import BASELINE
-from claim_curves import curves, plot_curves
-from claim_design import NAMES, RATIO, RATIOS, Claim, Row, Setting, full_setting
-from claim_judge import Judged, interval, judge, name_of
-from claim_plan import claims
-from claim_reader import compute_table, first_numbers, which_sentence, which_table
-from claim_records import Record, costs_of, read, results_by_run
-from claim_statistics import CONTRADICTED, NOT_ENOUGH, SHOWN, combined, verdict
+from claim.costs import BASELINE
+from claim.curves import curves, plot_curves
+from claim.design import NAMES, RATIO, RATIOS, Claim, Row, Setting, full_setting
+from claim.judge import Judged, interval, judge, name_of
+from claim.plan import claims
+from claim.reader import compute_table, first_numbers, which_sentence, which_table
+from claim.records import Record, costs_of, read, results_by_run
+from claim.verdicts import CONTRADICTED, NOT_ENOUGH, SHOWN, combined, verdict
 from clip_intervals import Difference, difference
-from plot_style import DPI, GREY, STYLE, WIDTH
-from report import fill, markdown
+from written.plot_style import DPI, GREY, STYLE, WIDTH
+from written.tables import fill, markdown
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "claims.jsonl"

@@ -37,11 +37,11 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from claim_compute import methods_on, sets
-from claim_costs import BASELINE, CURVE_COSTS, measure_costs, papers_runs
-from claim_design import SCENES, Claim, DataSet, Run, Setting, full_setting, smoke_setting
-from claim_plan import claims, plan, work
-from claim_records import (
+from claim.compute import methods_on, sets
+from claim.costs import BASELINE, CURVE_COSTS, measure_costs, papers_runs
+from claim.design import SCENES, Claim, DataSet, Run, Setting, full_setting, smoke_setting
+from claim.plan import claims, plan, work
+from claim.records import (
     DEFAULT_SPEED,
     Record,
     costs_keys,
@@ -52,9 +52,9 @@ from claim_records import (
     training_keys,
     write,
 )
+from claim.run import shard, train_and_evaluate, write_stand_ins
 from claim_report import save_report
-from claim_run import shard, train_and_evaluate, write_stand_ins
-from machine import describe_machine, git_commit, versions
+from measure.machine import describe_machine, git_commit, versions
 from tqdm import tqdm
 from user_errors import UserError, one_line
 

@@ -32,15 +32,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from clip_shards import expand
 from clip_towers import model_config
-from machine import head_of_results
-from open_clip_launcher import PATCHES
-from part_loader import CAPTION, photo
-from precision import choose_dtype
+from measure.machine import head_of_results
+from measure.precision import choose_dtype
+from part.loader import CAPTION, photo
+from part.open_clip_launcher import PATCHES
 from report import failures, save_report, text
-from run import save
 from user_errors import UserError, one_line, setting_up
+from written.files import save
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+LAUNCHER = Path(__file__).parent / "part" / "open_clip_launcher.py"
 OURS, THEIRS = "train_clip.py", "open_clip_train"
 PRECISIONS = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 THEIR_LINE = re.compile(r"Train Epoch: \d+ \[ *(?P<samples>\d+)/.* Batch \(t\): (?P<seconds>[\d.]+),")
@@ -275,7 +276,7 @@ def their_command(job: Job, folder: Path) -> list[str]:
     """open_clip's program, with the settings that train_clip.py has by default."""
     own = job.model.endswith(".json")
     return [
-        sys.executable, str(Path(__file__).with_name("open_clip_launcher.py")), job.model if own else "-",
+        sys.executable, str(LAUNCHER), job.model if own else "-",
         "--train-data", job.shards, "--dataset-type", "webdataset",
         "--model", Path(job.model).stem if own else job.model,
         "--force-patch-dropout", str(job.mask_ratio), "--device", job.device,

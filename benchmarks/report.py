@@ -17,11 +17,9 @@ import pandas as pd
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from written.tables import RESULTS, fill, markdown
 
 Results = dict[str, Any]
-
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(file: tyro.conf.Positional[Path | None] = None, pages: tuple[Path, ...] = ()) -> None:
@@ -103,16 +101,6 @@ def summary(results: Results) -> str:
     head = f"{last['model'].iloc[0]}, batch {last['batch'].iloc[0]}, {last['dtype'].iloc[0]}"
     table = last.assign(cell=[f"{faster(row)}{spread(row, 'ratio')} the ideal" for row in last.itertuples()])
     return pivot(table.rename(columns={"contender": head}), [head])
-
-
-def fill(page: str, named: dict[str, str]) -> str:
-    """`page` with every text between the markers of its name; other markers, and texts without markers, are left."""
-
-    def between(match: re.Match[str]) -> str:
-        name = match["name"]
-        return f"<!-- results: {name} -->\n\n{named[name]}\n\n<!-- end -->" if name in named else match[0]
-
-    return re.sub(r"<!-- results: (?P<name>\S+) -->\n.*?<!-- end -->", between, page, flags=re.DOTALL)
 
 
 def machine_line(results: Results) -> str:
@@ -274,12 +262,6 @@ def pivot(rows: pd.DataFrame, index: list[str]) -> str:
         cells = of_ratio[[*index, "cell"]].rename(columns={"cell": str(mask_ratio)})
         table = table.merge(cells, how="left", on=index)
     return markdown(table)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """Without the padding of the columns, which would change every line when one cell does."""
-    padded: str = table.to_markdown(index=False, disable_numparse=True)
-    return re.sub(r" {2,}\|", " |", re.sub(r":?-{3,}:?", "---", padded))
 
 
 def plots(results: Results) -> dict[str, Figure]:

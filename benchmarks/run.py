@@ -22,16 +22,12 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import part_clip
-import part_layer
-import part_loader
-import part_overhead
-import part_step
-import sizes
-from groups import Group, in_words, run_group
-from machine import head_of_results
-from precision import choose_dtype
+from measure.machine import head_of_results
+from measure.precision import choose_dtype
+from part import clip, layer, loader, overhead, sizes, step
+from part.groups import Group, in_words, run_group
 from report import failures, save_report
+from written.files import save
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,7 @@ def main(config: Config) -> None:
             results["rows"] += run_group(group, device=config.device, seed=config.seed, advance=advance)
             save(results, config.output / "results.json")
     if config.device == "cuda" and "layer" in config.parts:
-        from drop_on_cuda import check_drop
+        from part.drop_on_cuda import check_drop
 
         for mask_ratio in tqdm(config.ratios, desc="the drop on the GPU", file=sys.stdout):
             if time.monotonic() > until:
@@ -168,11 +164,11 @@ def plan(config: Config, size: sizes.Sizes, dtype: torch.dtype) -> list[Group]:
     training["rounds"] = rounds
     short: dict[str, Any] = {"ratios": ratios, "device": device, "rounds": layer_rounds}
     parts: dict[str, Callable[[], list[Group]]] = {
-        "layer": lambda: part_layer.groups(size, **short, modes=config.layer_modes),
-        "overhead": lambda: part_overhead.groups(**short, stages=config.stages),
-        "step": lambda: part_step.groups(size, **training, modes=config.modes, unmasked=config.unmasked),
-        "clip": lambda: part_clip.groups(size, **training, caption_tokens=config.caption_tokens, budget_mib=budget_mib),
-        "loader": lambda: part_loader.groups(size, photos_at=config.photos, device=device, rounds=layer_rounds),
+        "layer": lambda: layer.groups(size, **short, modes=config.layer_modes),
+        "overhead": lambda: overhead.groups(**short, stages=config.stages),
+        "step": lambda: step.groups(size, **training, modes=config.modes, unmasked=config.unmasked),
+        "clip": lambda: clip.groups(size, **training, caption_tokens=config.caption_tokens, budget_mib=budget_mib),
+        "loader": lambda: loader.groups(size, photos_at=config.photos, device=device, rounds=layer_rounds),
     }
     return [group for part in config.parts for group in parts[part]()]
 
@@ -184,13 +180,6 @@ def trainer(file: Path | None) -> dict[str, Any] | None:
     other = json.loads(file.read_text(encoding="utf-8"))
     rows = [row for row in other["rows"] if row["part"] == "clip" and "failed" not in row]
     return {"machine": other["machine"], "rows": rows}
-
-
-def save(results: dict[str, Any], path: Path) -> None:
-    """Replace the file at once, so that it is whole whenever the run is interrupted."""
-    fresh = path.with_suffix(".part")
-    fresh.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    fresh.replace(path)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,14 @@ import gaussmask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import claim_report
-import claim_run
 import claims
-from claim_design import SCENES, DataSet, Run, flip, full_setting, glip, smoke_setting, weighted
-from claim_masks import CHOICE_SEEDS, CONFIRMING_SEEDS
-from claim_plan import plan
-from claim_records import pending, read, results_by_run, training_keys, write
-from claim_schedules import Masks
-from claim_statistics import CONTRADICTED, NOT_ENOUGH, NOT_SHOWN, SHOWN, combined, verdict
+from claim import run as claim_run
+from claim.design import SCENES, DataSet, Run, flip, full_setting, glip, smoke_setting, weighted
+from claim.masks import CHOICE_SEEDS, CONFIRMING_SEEDS
+from claim.plan import plan
+from claim.records import pending, read, results_by_run, training_keys, write
+from claim.schedules import Masks
+from claim.verdicts import CONTRADICTED, NOT_ENOUGH, NOT_SHOWN, SHOWN, combined, verdict
 from clip_intervals import Difference, difference
 from user_errors import UserError
 

@@ -14,22 +14,22 @@ from scipy import stats
 import gaussmask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import claim_curves
-import claim_reader
 import claim_report
-import claim_run
-from arithmetic import Tower
-from claim_compute import LEARNING_RATES, long_runs
-from claim_costs import CURVE_COSTS
-from claim_curves import Curve, sooner
-from claim_design import CIFAR10, Choice, Row, Run, flip, full_setting, smoke_setting
-from claim_judge import Judged
-from claim_masks import cluster_choice
-from claim_plan import claims, plan
-from claim_records import costs_keys, training_keys
-from claim_schedules import HalfRandom, masks_of, two_views
+from claim import curves as claim_curves
+from claim import reader as claim_reader
+from claim import run as claim_run
+from claim.compute import LEARNING_RATES, long_runs
+from claim.costs import CURVE_COSTS
+from claim.curves import Curve, sooner
+from claim.design import CIFAR10, Choice, Row, Run, flip, full_setting, smoke_setting
+from claim.judge import Judged
+from claim.masks import cluster_choice
+from claim.plan import claims, plan
+from claim.records import costs_keys, training_keys
+from claim.schedules import HalfRandom, masks_of, two_views
 from clip_intervals import difference
 from clip_training import build_model
+from measure.arithmetic import Tower
 
 CIRCUMSTANCES = {
     "seconds": 1.0,

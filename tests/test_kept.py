@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from launches import launches
+from measure.launches import launches
 
 import gaussmask
 from gaussmask import GaussianPatchDropout, RandomPatchDropout

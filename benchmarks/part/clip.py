@@ -7,18 +7,18 @@ from typing import Any
 
 import open_clip
 import torch
-from arithmetic import Tower, clip_ceiling
 from clip_towers import take_short_captions
-from groups import Group
-from memory import MIB, peak_mib
+from measure.arithmetic import Tower, clip_ceiling
+from measure.memory import MIB, peak_mib
+from measure.timing import Contender
 from open_clip.transformer import TextTransformer
-from sizes import Sizes
-from timing import Contender
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gaussmask
 from gaussmask.functional import num_kept_patches
+from part.groups import Group
+from part.sizes import Sizes
 
 REFERENCE = "no mask"
 SECONDS_PER_MIB = 0.006  # that a round may cost on 2 CPU cores, for the progress bar

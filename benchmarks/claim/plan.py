@@ -10,12 +10,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from arithmetic import Tower
-from claim_compute import compute_claims
-from claim_design import GRID, SCENES, Claim, Results, Run, Setting
-from claim_masks import CHOICE_SEEDS, masks_claims
-from claim_papers import papers_claims
+from measure.arithmetic import Tower
 
+from claim.compute import compute_claims
+from claim.design import GRID, SCENES, Claim, Results, Run, Setting
+from claim.masks import CHOICE_SEEDS, masks_claims
+from claim.papers import papers_claims
 from gaussmask.functional import num_kept_patches
 
 

@@ -17,8 +17,6 @@ from typing import Any
 import captioned_scenes
 import torch
 import webdataset
-from claim_design import GRID, SCENES, Run, Setting
-from claim_schedules import masks_of
 from clip_data import CaptionedImages, load_scenes, load_shards
 from clip_evaluation import Encoder, linear_probe, retrieval, zero_shot
 from clip_training import build_model, operations, pretrain_and_tune
@@ -26,6 +24,8 @@ from torchvision.transforms import functional as transforms
 from torchvision.transforms.v2.functional import to_pil_image
 
 import gaussmask
+from claim.design import GRID, SCENES, Run, Setting
+from claim.schedules import masks_of
 from gaussmask.functional import num_kept_patches
 
 STAGES = {"masked inference": "masked", "unmasked": "unmasked", "after tuning": "tuned"}

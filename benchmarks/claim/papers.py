@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from claim_design import (
+from claim.design import (
     OBJECT_SIZE,
     RATIO,
     RATIOS,

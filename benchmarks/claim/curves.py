@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from claim_compute import long_runs, sets
-from claim_costs import BASELINE, CURVE_COSTS
-from claim_design import NAMES, RATIO, Results, Run, Setting
-from claim_records import Record, costs_of, curves_by_run
-from claim_run import length_of
 from clip_intervals import CONFIDENCE, Difference, difference
 from matplotlib.figure import Figure
-from plot_style import WIDTH
+from written.plot_style import WIDTH
+
+from claim.compute import long_runs, sets
+from claim.costs import BASELINE, CURVE_COSTS
+from claim.design import NAMES, RATIO, Results, Run, Setting
+from claim.records import Record, costs_of, curves_by_run
+from claim.run import length_of
 
 UNMASKED = "CLIP"
 UNITS = {"operations": "operations, in steps without a mask", "seconds": "seconds"}

@@ -11,13 +11,13 @@ from typing import Any, cast
 import open_clip
 import timm
 import torch
-from groups import Group
-from launches import launches
-from timing import Contender
+from measure.launches import launches
+from measure.timing import Contender
 from torch import Tensor, nn
 
 import gaussmask
 from gaussmask.functional import gaussian_density, num_kept_patches
+from part.groups import Group
 
 MODEL = "vit_tiny_patch16_224"
 SMALLEST: dict[str, Any] = {

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from launches import copies_and_waits, launches
-from part_step import Job, training_step
-from sizes import Sizes
-from timing import Contender, CudaClock, interleave, warm_up
+from measure.launches import copies_and_waits, launches
+from measure.timing import Contender, CudaClock, interleave, warm_up
 from torch import Tensor, nn
 
 import gaussmask
+from part.sizes import Sizes
+from part.step import Job, training_step
 
 
 def check_drop(sizes: Sizes, mask_ratio: float, dtype: torch.dtype, rounds: int) -> dict[str, Any]:

@@ -6,16 +6,16 @@ from typing import Any
 
 import open_clip
 import torch
-from arithmetic import Tower, clip_ceiling
-from claim_design import RATIOS, Run, flip, glip
-from claim_schedules import masks_of
 from clip_step import autocast, make_optimizer, train_step
 from clip_training import Config as Recipe
 from clip_training import build_model, tokenizer
-from memory import peak_mib
-from timing import Contender, clock_for, interleave, warm_up
+from measure.arithmetic import Tower, clip_ceiling
+from measure.memory import peak_mib
+from measure.timing import Contender, clock_for, interleave, warm_up
 
 import gaussmask
+from claim.design import RATIOS, Run, flip, glip
+from claim.schedules import masks_of
 from gaussmask.functional import num_kept_patches
 
 BASELINE = "clip"

@@ -6,8 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from claim_design import Run, Setting
 from clip_training import Config as Recipe
+from written.files import write_at_once
+
+from claim.design import Run, Setting
 
 Record = dict[str, Any]
 NOT_OF_THE_RECIPE = {"mask_ratio", "sigma", "sampling", "epochs", "tuning_epochs", "device"}
@@ -22,10 +24,8 @@ def read(file: Path) -> list[Record]:
 
 
 def write(file: Path, records: Sequence[Record]) -> None:
-    """Replace the file at once, so that it is whole whenever the program is killed."""
-    fresh = file.with_suffix(".part")
-    fresh.write_text("".join(json.dumps(record, allow_nan=False) + "\n" for record in records), encoding="utf-8")
-    fresh.replace(file)
+    """All of them, at once."""
+    write_at_once(file, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
 def results_by_run(records: Sequence[Record], setting: Setting) -> dict[Run, dict[str, float]]:
@@ -37,7 +37,7 @@ def results_by_run(records: Sequence[Record], setting: Setting) -> dict[Run, dic
 
 
 def curves_by_run(records: Sequence[Record], setting: Setting) -> dict[Run, dict[str, list[float]]]:
-    """The curves of those trainings that have one, see `claim_run.Outcome`."""
+    """The curves of those trainings that have one, see `claim.run.Outcome`."""
     return {run: record["curve"] for run, record in _of_setting(records, setting) if "curve" in record}
 
 

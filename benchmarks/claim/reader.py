@@ -8,11 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-from claim_curves import Curve, Sooner, lead_after_as_long, sooner
-from claim_design import NAMES, RATIO
-from claim_judge import Judged, interval
-from claim_statistics import CONTRADICTED, NOT_ENOUGH, SHOWN
-from report import RESULTS, markdown
+from written.tables import RESULTS, markdown
+
+from claim.curves import Curve, Sooner, lead_after_as_long, sooner
+from claim.design import NAMES, RATIO
+from claim.judge import Judged, interval
+from claim.verdicts import CONTRADICTED, NOT_ENOUGH, SHOWN
 
 KINDS = {
     "cifar10": "things that fill the frame",

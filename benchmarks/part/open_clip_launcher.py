@@ -1,6 +1,6 @@
 """open_clip's own training program with its own patch dropout, for open_clip_program.py to run.
 
-    python benchmarks/open_clip_launcher.py examples/small_clip.json --model small_clip --force-patch-dropout 0.75 ...
+    python benchmarks/part/open_clip_launcher.py examples/small_clip.json --model small_clip --force-patch-dropout 0.5
 
 As `python -m open_clip_train.main`, of which all flags are, but that it takes the configuration of a model first
 (`-` for none), says how many patches the blocks get, and mends what keeps version 3.3 from running at all: with
@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if (here := str(Path(__file__).parent)) in sys.path:  # started as a file: clip.py is no package that others mean
+    sys.path.remove(here)
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import open_clip
-from open_clip_train import main as program
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from open_clip_glip import mend_program
+from open_clip_train import main as program
 
 PATCHES = "Patches in the blocks: "  # what the log has in front of their number
 

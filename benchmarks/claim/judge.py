@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from claim_compute import CHOICE_SEEDS as RATE_SEEDS
-from claim_design import Claim, Results, Row
-from claim_masks import CHOICE_SEEDS as CLUSTER_SEEDS
-from claim_masks import CONFIRMING_SEEDS
-from claim_statistics import verdict
 from clip_intervals import CONFIDENCE, Difference, difference
+
+from claim.compute import CHOICE_SEEDS as RATE_SEEDS
+from claim.design import Claim, Results, Row
+from claim.masks import CHOICE_SEEDS as CLUSTER_SEEDS
+from claim.masks import CONFIRMING_SEEDS
+from claim.verdicts import verdict
 
 
 @dataclass(frozen=True)

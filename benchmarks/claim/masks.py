@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from claim_design import (
+from claim.design import (
     RATIO,
     RATIOS,
     RECALLS,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from memory import peak_mib
-from timing import Contender, HostClock, clock_for, interleave, summarize, warm_up
+from measure.memory import peak_mib
+from measure.timing import Contender, HostClock, clock_for, interleave, summarize, warm_up
 
 WARM_UP_ROUNDS = 3  # that the calls before the timing cost, roughly, with the one that measures memory
 EVERY_CONTENDER = "every contender"  # in the row of a group that could not be built
@@ -22,7 +22,7 @@ class Group:
     Args:
         keys: what tells this group from the others; they are part of every row of the results.
         build: makes the contenders. Called when the group comes to its turn, because models are large.
-        reference, baseline, without: contenders, see `timing.summarize`.
+        reference, baseline, without: contenders, see `measure.timing.summarize`.
         round_seconds: what a round may cost on 2 CPU cores; only the progress bar depends on it.
         compiles: number of contenders to be compiled; likewise.
         one_core: on one thread, of which the time is taken that it computes, and not the time that it waits for others.

@@ -41,7 +41,7 @@ class Run:
         train_images: train on the first so many; None is all of them.
         centering, object_size: of scenes, see `captioned_scenes.make_scenes`.
         anchors, noise: of cluster.
-        schedule: of claim_schedules.py: a mask that changes while the model trains.
+        schedule: of schedules.py: a mask that changes while the model trains.
         lr: instead of the recipe's.
         budget: operations of training and tuning together, in steps of a model without a mask, instead of the
             setting's numbers of steps.
@@ -75,7 +75,7 @@ class Row:
     Args:
         labels: the leading columns.
         pairs: of runs, whose seed does not matter here.
-        figures: `stage.split.measure`, see claim_run.py.
+        figures: `stage.split.measure`, see run.py.
         margin: the claim is that the difference lies above it.
         primary: whether the verdict on the claim rests on this row.
         comparisons: rows that are read together: the interval is so wide that all of theirs hold at once (Bonferroni).

@@ -22,11 +22,12 @@ from clip_evaluation import HALF, to_floats
 from clip_images import Box, EncodedCrops, RandomCrop, collate, cut_out, decode_on
 from clip_shards import Pair, expand, raw_samples, read_pair
 from clip_stream import CaptionStream, Shards
-from groups import Group
+from measure.timing import Contender
 from PIL import Image
-from sizes import Sizes
-from timing import Contender
 from torch import Tensor
+
+from part.groups import Group
+from part.sizes import Sizes
 
 STAGES = ("read", "tokenize", "decode", "crop", "collate", "copy")
 WHOLE = "whole"  # what a worker does: all but the copy

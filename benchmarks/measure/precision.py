@@ -3,7 +3,8 @@
 import functools
 
 import torch
-from timing import Contender, clock_for, interleave, warm_up
+
+from measure.timing import Contender, clock_for, interleave, warm_up
 
 SIDE = 512
 

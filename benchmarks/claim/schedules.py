@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from claim_design import SIGMA, Run
 from clip_step import apply_gradients, make_drop, train_step
 from torch import Tensor, nn
 
 import gaussmask
+from claim.design import SIGMA, Run
 from gaussmask.functional import num_kept_patches
 
 LARGEST_SIGMA = 10.0  # where the Gaussian is as good as flat, and beyond which the drop warns

@@ -7,14 +7,14 @@ from typing import Any
 
 import open_clip
 import torch
-from groups import Group
-from sizes import Sizes
-from timing import Contender
+from measure.timing import Contender
 from timm.layers.patch_dropout import PatchDropout as TimmPatchDropout
 from torch import Tensor, nn
 
 import gaussmask
 from gaussmask.functional import gaussian_density, num_kept_patches
+from part.groups import Group
+from part.sizes import Sizes
 
 PREFIX = 1  # a class token
 DTYPES = ("float32", "bfloat16")

@@ -6,7 +6,7 @@ learning rates, chosen for each method and set by short runs -> long runs -> dif
 from collections.abc import Iterator
 from dataclasses import replace
 
-from claim_design import (
+from claim.design import (
     CIFAR10,
     FASHION,
     RATIO,
@@ -20,7 +20,7 @@ from claim_design import (
     Run,
     Setting,
 )
-from claim_masks import cluster_choice
+from claim.masks import cluster_choice
 
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 CHOICE_SEEDS = (40, 41)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from arithmetic import Tower
-from groups import Group
-from sizes import Sizes, VisionModel
-from timing import Contender
+from measure.arithmetic import Tower
+from measure.timing import Contender
 from torch import Tensor, nn
 
 import gaussmask
 from gaussmask.functional import num_kept_patches
+from part.groups import Group
+from part.sizes import Sizes, VisionModel
 
 REFERENCE = "ideal"
 BASELINE = "unmasked"
