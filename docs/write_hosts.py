@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from hosts import ALL  # noqa: E402
 from oracle import DROPS, ask  # noqa: E402
-from test_every_name import build_on_meta, vision_classes  # noqa: E402
+from test_every_name import build_on_meta, on_meta, vision_classes  # noqa: E402
 
 import gaussmask  # noqa: E402
 from gaussmask.hosts import HOSTS  # noqa: E402
@@ -158,7 +158,7 @@ def describe_all() -> dict[str, str]:
     """By family, the models that attach accepts."""
     found: dict[str, list[str]] = collections.defaultdict(list)
     for name in tqdm(timm.list_models(), desc="timm"):
-        with torch.device("meta"):
+        with on_meta():
             found[gaussmask.describe(timm.create_model(name)).family].append(name)
     models = {family: f"{len(names)} names: `{names[0]}` ..." for family, names in found.items() if family}
     transformers.logging.set_verbosity_error()

@@ -21,9 +21,6 @@ from clip_data import CaptionedImages, load
 from clip_imagenet import UNREADABLE, ImageNet, load_imagenet
 from clip_step import autocast
 from open_clip.transform import PreprocessCfg
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm import tqdm
 from user_errors import UserError
@@ -313,6 +310,10 @@ def linear_probe(encoder: Encoder, train: CaptionedImages, test: CaptionedImages
 
     scikit-learn's L-BFGS on standardised, unnormalised image features, with its default regularisation (C = 1).
     """
+    from sklearn.linear_model import LogisticRegression  # a second, which only runs with a probe should wait for
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     if train.labels is None or test.labels is None:
         raise ValueError("a linear probe needs labels (KEY.cls)")
     with evaluating(encoder):

@@ -367,6 +367,7 @@ def run(
     return result, curve.assign(method=method, seed=seed)
 
 
+@functools.cache
 def operations(config: Config, method: str) -> int:
     """Of a step per image and caption: the same on every machine."""
     model = build_model(replace(config, device="cpu")).to("meta").train()

@@ -7,8 +7,11 @@
 No data and no GPU: the model lies on the meta device, and torch's counter follows one forward and backward.
 """
 
+import copy
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -65,11 +68,11 @@ def main(config: Config) -> None:
 def count(config: Config, mask_ratio: float, caption_tokens: int | None = None) -> dict[str, float]:
     """Tokens of an image, and operations of a training step per image-text pair."""
     with setting_up():
-        architecture = model_config(config.model, image_tower=config.image_tower, image_size=config.image_size)
-        model = create_model(architecture).to("meta").train()
-        facts = gaussmask.describe(model)
+        architecture, unmasked = build(config.model, config.image_tower, config.image_size)
+        facts = gaussmask.describe(unmasked)
         if facts.grid_size is None:
             raise UserError(facts.reason or "this model gives every image a grid of its own: there is no one cost")
+        model = copy.deepcopy(unmasked)
         gaussmask.attach(model, gaussmask.RandomPatchDropout(mask_ratio), stage=config.stage)
         if caption_tokens is not None:
             check_reduction(architecture, caption_tokens)
@@ -86,6 +89,13 @@ def count(config: Config, mask_ratio: float, caption_tokens: int | None = None) 
         "GFLOP per image": image.get_total_flops() / 1e9,
         "GFLOP per pair": both / 1e9,
     }
+
+
+@functools.cache
+def build(name: str, image_tower: str | None, image_size: int | None) -> tuple[dict[str, Any], Any]:
+    """The architecture, and the model without values."""
+    architecture = model_config(name, image_tower=image_tower, image_size=image_size)
+    return architecture, create_model(architecture).to("meta").train()
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -38,7 +39,37 @@ def pytest_xdist_make_scheduler(config, log):
     return ByRun(config, log)
 
 
+def pytest_collection_finish():
+    """The libraries' objects stay for good: no collection of garbage looks at these millions again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_modifyitems(config, items):
+    """What takes long and finds what other tests find as well waits for the night, with its reason."""
+    if config.getoption("thorough"):
+        return
+    for item in items:
+        if (mark := item.get_closest_marker("thorough")) is not None:
+            item.add_marker(pytest.mark.skip(reason=f"--thorough runs it: {mark.args[0]}"))
+
+
+@pytest.fixture
+def thorough(request):
+    """Whether every variant is asked for, as it is every night."""
+    return request.config.getoption("thorough")
+
+
 def pytest_addoption(parser):
     parser.addoption(
+        "--thorough", action="store_true", help="also what is marked thorough, and every variant of what is cut short"
+    )
+    parser.addoption(
         "--device", default="cuda", choices=["cuda", "cpu"], help="of the tests marked cuda (test_cuda.py)"
+    )
+    parser.addoption(
+        "--new-names",
+        default="xfail",
+        choices=["xfail", "fail"],
+        help="what to do about names of a timm or transformers newer than docs/hosts.md (test_every_name.py)",
     )

@@ -441,11 +441,15 @@ def test_save_pretrained_round_trip(name, stage, tmp_path):
 # Training machinery
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "stage"), [*((name, "tokens") for name in COMPILED), *((name, "pixels") for name in COMPILED_WITH_PIXELS)]
 )
-def test_compiles_without_a_graph_break(name, stage):
-    """One graph for all batches of a size, and the same patches as in eager mode for the same seed."""
+def test_compiles_without_a_graph_break(name, stage, thorough):
+    """One graph for all batches of a size, and the same patches as in eager mode for the same seed.
+
+    Tracing anew, for another size, ratio and mode, is asked of two hosts, and of all with --thorough.
+    """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     host, drop, kept = ALL[name], GaussianPatchDropout(0.5), []
@@ -454,7 +458,9 @@ def test_compiles_without_a_graph_break(name, stage):
     backend = "aot_eager" if name in COMPILED_WITH_PIXELS else "eager"
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     assert gaussmask.attached(compiled) is drop
-    for seed, batch_size in [(3, 2), (4, 2), (5, 3)]:  # the last batch of an epoch has a size of its own
+    traces_anew = thorough or name in ("timm-vit", "timm-naflex-learned")
+    batches = [(3, 2), (4, 2), (5, 3)]  # the last batch of an epoch has a size of its own
+    for seed, batch_size in batches if traces_anew else batches[:2]:
         inputs = host.inputs(batch_size)
         expected, keep_indices = result(host, model, inputs, seed), drop.keep_indices
         output = result(host, compiled, inputs, seed)
@@ -465,6 +471,8 @@ def test_compiles_without_a_graph_break(name, stage):
         if seed == 4:
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch.equal(kept[0], kept[1])
+    if not traces_anew:
+        return
     drop.mask_ratio = 0.75
     compiled(**inputs)
     assert keeps(drop, host, 3, 0.25)

@@ -1,19 +1,28 @@
 """No name is unaccounted for: every model of the installed timm and every vision model of the installed transformers is
 either of a family that the position oracle proves on a tiny model (tests/hosts.py), or refused with its reason.
 
-A new version of a library that brings new names fails here, and the message says what to do.
+A library newer than those of docs/hosts.md may bring names about which nobody has decided. They are expected failures,
+so that a test run fails by what was changed here and not by what came out elsewhere; every week `--new-names=fail`
+makes them failures.
 """
 
+import collections
+import contextlib
 import importlib
 import inspect
 import pkgutil
+import re
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import transformers as tf
 from hosts import ALL
+from packaging.version import Version
+from torch.overrides import TorchFunctionMode
 
 import gaussmask
 from gaussmask.hosts.refusals import reason_against, reason_against_owner
@@ -29,6 +38,23 @@ UNKNOWN = "holds no vision transformer that gaussmask knows"
 PROVEN = {gaussmask.describe(host.build()).family for host in ALL.values()}
 
 
+def judge(library, wrong, new_names):
+    """Fail for what is not accounted for, a list of (name, problem); xfail if a later version may have brought it."""
+    if not wrong:
+        return
+    said = "".join(NEW.format(library=library, name=name, problem=why) for name, why in wrong)
+    if is_later(library) and new_names == "xfail":
+        pytest.xfail(said)
+    pytest.fail(said, pytrace=False)
+
+
+def is_later(library):
+    """Whether the installed version came after the one of which every name was decided, that of docs/hosts.md."""
+    page = Path(__file__).parents[1] / "docs" / "hosts.md"
+    decided = re.search(rf"Measured with .*\b{library} ([\w.]+\w)", page.read_text(encoding="utf-8"))[1]
+    return Version(sys.modules[library].__version__) > Version(decided)
+
+
 def problem(model):
     """What is not accounted for in `model`, or None."""
     found = gaussmask.describe(model)
@@ -37,21 +63,77 @@ def problem(model):
     return f"nobody has decided about it ({found.reason})" if UNKNOWN in found.reason else None
 
 
+FILLS = {
+    "add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "mul_", "normal_", "sub_", "trunc_normal_", "uniform_",
+    "zero_",
+}  # fmt: skip
+
+
+class WithoutValues(TorchFunctionMode):
+    """Initial values are not computed, which takes most of the time in which a model is built on the meta device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        filled = [*args, *(kwargs or {}).values()][:1]
+        return filled[0] if getattr(func, "__name__", "") in FILLS else func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def on_meta():
+    """What is built within has shapes and no values."""
+    with torch.device("meta"), WithoutValues():
+        yield
+
+
+class TestNewNames:
+    """What came out after docs/hosts.md is an expected failure, but once a week; anything else always fails."""
+
+    WRONG = (("vit_of_tomorrow (Tomorrow)", "nobody has decided about it"),)
+
+    @pytest.mark.parametrize("library", ["timm", "transformers"])
+    def test_of_a_later_library_they_fail_only_when_asked_to(self, library, monkeypatch):
+        monkeypatch.setattr(sys.modules[library], "__version__", "1000.0.0")
+        with pytest.raises(pytest.xfail.Exception, match=r"vit_of_tomorrow[\s\S]*HOSTS in src/gaussmask/hosts"):
+            judge(library, self.WRONG, "xfail")
+        with pytest.raises(pytest.fail.Exception, match="vit_of_tomorrow"):
+            judge(library, self.WRONG, "fail")
+
+    @pytest.mark.parametrize("library", ["timm", "transformers"])
+    def test_a_name_that_was_decided_about_fails(self, library, monkeypatch):
+        monkeypatch.setattr(sys.modules[library], "__version__", "0.9")
+        with pytest.raises(pytest.fail.Exception, match="vit_of_tomorrow"):
+            judge(library, self.WRONG, "xfail")
+
+    def test_nothing_wrong_is_nothing_said(self):
+        judge("timm", [], "fail")
+
+
 # timm
 
-CHUNKS = 16
+CHUNKS = 8
 
 
+def names_of_every_file():
+    """Every second name of a file whose models are masked, and a few of every other file, refused by its classes."""
+    names = collections.defaultdict(list)
+    for name in timm.list_models():
+        names[timm.models.model_entrypoint(name).__module__].append(name)
+    masked = {type(host.build()).__module__ for key, host in ALL.items() if key.startswith("timm-")}
+    return [name for file, own in names.items() for name in own[:: 2 if file in masked else 1 + len(own) // 5]]
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 @pytest.mark.filterwarnings("ignore")  # overridden defaults of timm's own
-def test_every_name_of_timm(chunk):
-    names = timm.list_models()[chunk::CHUNKS]
-    assert len(names) > 50
+def test_every_name_of_timm(chunk, request, thorough):
+    names = (timm.list_models() if thorough else names_of_every_file())[chunk::CHUNKS]
+    assert len(names) > 25
+    wrong = []
     for name in names:
-        with torch.device("meta"):
+        with on_meta():
             model = timm.create_model(name)
-        why = problem(model)
-        assert why is None, NEW.format(library="timm", name=f"{name} ({type(model).__name__})", problem=why)
+        if (why := problem(model)) is not None:
+            wrong.append((f"{name} ({type(model).__name__})", why))
+    judge("timm", wrong, request.config.getoption("new_names"))
 
 
 # transformers
@@ -133,7 +215,7 @@ def build_on_meta(cls):
         make_shallow(config)
         for name, value in SETTINGS.get(cls.__name__, {}).items():
             setattr(config, name, value)
-        with torch.device("meta"):
+        with on_meta():
             return cls(config)
     except Exception:  # whatever a default configuration may lack
         return None
@@ -155,15 +237,19 @@ def unaccounted(name, cls, is_proven_tower):
     return problem(model)
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
-def test_every_vision_model_of_transformers():
+def test_every_vision_model_of_transformers(request, thorough):
     tf.logging.set_verbosity_error()
     towers = {type(host.build()).__name__ for name, host in ALL.items() if name.startswith("transformers-")}
     classes = {cls.__name__: cls for cls in vision_classes()}
     assert len(classes) > 500
-    for name, cls in classes.items():
-        why = unaccounted(name, cls, name in towers)
-        assert why is None, NEW.format(library="transformers", name=name, problem=why)
+    decided = READ | NO_IMAGES | towers
+    refused = sorted(classes.keys() - decided)
+    asked = sorted(decided & classes.keys()) + (refused if thorough else refused[::4])
+    problems = ((name, unaccounted(name, classes[name], name in towers)) for name in asked)
+    wrong = [(name, why) for name, why in problems if why is not None]
+    judge("transformers", wrong, request.config.getoption("new_names"))
     older = (READ | NO_IMAGES) - set(classes)
     if older:
         warnings.warn(f"not in transformers {tf.__version__}: {', '.join(sorted(older))}", stacklevel=1)

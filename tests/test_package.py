@@ -108,16 +108,25 @@ def test_the_wheel_has_the_package_its_types_the_programs_and_its_licence_and_no
     assert all(wheel[f"gaussmask_examples/{name}"] == (ROOT / "examples" / name).read_bytes() for name in PROGRAMS)
 
 
+TELL_PROGRAM = """
+import contextlib, runpy, sys
+sys.argv = ["compare_methods", "--help"]
+with contextlib.suppress(SystemExit):  # python -m
+    runpy.run_module("gaussmask_examples.compare_methods", run_name="__main__", alter_sys=True)
+import clip_training
+print(clip_training.__file__)
+"""
+
+
 def test_the_programs_run_from_the_wheel_and_from_a_checkout(wheel, tmp_path):
     for name, content in wheel.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     for place in (tmp_path, SOURCE):
         there = {**os.environ, "PYTHONPATH": str(place)}
-        told = run(sys.executable, "-m", "gaussmask_examples.compare_methods", "--help", cwd=tmp_path.parent, env=there)
+        told = run(sys.executable, "-c", TELL_PROGRAM, cwd=tmp_path.parent, env=there)
         assert "--minutes" in told
-        code = "import gaussmask_examples, clip_training; print(clip_training.__file__)"
-        folder = Path(run(sys.executable, "-c", code, cwd=tmp_path.parent, env=there).strip()).parent
+        folder = Path(told.strip().splitlines()[-1]).parent
         assert folder == (tmp_path / "gaussmask_examples" if place == tmp_path else ROOT / "examples")
 
 
