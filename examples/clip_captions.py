@@ -159,7 +159,7 @@ def count_words_in_shards(shards: Sequence[str], *, all_captions: bool, workers:
         _WordsOf(shards, all_captions), batch_size=None, num_workers=workers, generator=torch.Generator()
     )
     total: Counter[str] = Counter()
-    for counts in tqdm(loader, desc="counting words", unit=" shards"):
+    for counts in tqdm(loader, desc="counting words", unit=" shards", disable=None):
         total.update(dict(counts))
     return total
 

@@ -128,7 +128,7 @@ def write(
     pattern = str(folder).replace("%", "%%") + "/%05d.tar"
     # The time of a file would make the same shards differ from run to run.
     with webdataset.ShardWriter(pattern, maxcount=per_shard, mtime=0, verbose=0) as writer:
-        for number, (path, name) in enumerate(tqdm(images, desc="writing shards", unit=" images")):
+        for number, (path, name) in enumerate(tqdm(images, desc="writing shards", unit=" images", disable=None)):
             label = classes.index(name)
             suffix = path.suffix[1:].lower().replace("jpeg", "jpg")
             writer.write(

@@ -152,7 +152,10 @@ def run(phase: Phase, config: Config, ranks: Ranks) -> None:
     batches = iter(loader)
     started, waited = time.perf_counter(), 0.0
     model.train()
-    bar = tqdm(total=num_steps, initial=first_step, desc=phase.name, unit=" steps", disable=not ranks.first)
+    if ranks.first:
+        print(f"{phase.name}: steps {first_step + 1} to {num_steps}", flush=True)
+    on_a_terminal = None if ranks.first else True  # in the file of a job the log is enough
+    bar = tqdm(total=num_steps, initial=first_step, desc=phase.name, unit=" steps", disable=on_a_terminal)
     for step in range(first_step + 1, num_steps + 1):
         asked = time.perf_counter()
         batch = next(batches)

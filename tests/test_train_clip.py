@@ -519,6 +519,8 @@ def test_killed_runs_go_on_to_the_weights_of_the_uninterrupted_one(place, tmp_pa
     """SIGKILL in the middle of training, then of tuning; with workers, random crops and captions, bit for bit."""
     whole = start(arguments(place, tmp_path / "whole", **more))
     assert whole.wait() == 0, whole.stdout.read()
+    assert "steps/s" not in whole.stdout.read()  # a bar, which moves, is not for the file of a job
+    whole.stdout.close()
     for phase, step in [("training", 10), ("tuning", 7), (None, None)]:
         resume = [] if phase == "training" else ["--resume"]
         run = start([*arguments(place, tmp_path / "killed", **more), *resume])
