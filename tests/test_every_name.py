@@ -8,6 +8,7 @@ makes them failures.
 
 import collections
 import contextlib
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -35,7 +36,12 @@ NEW = """
   - Then run `make hosts`, which writes docs/hosts.md anew.
 """
 UNKNOWN = "holds no vision transformer that gaussmask knows"
-PROVEN = {gaussmask.describe(host.build()).family for host in ALL.values()}
+
+
+@functools.cache
+def proven():
+    """The families of the tiny models."""
+    return {gaussmask.describe(host.build()).family for host in ALL.values()}
 
 
 def judge(library, wrong, new_names):
@@ -59,7 +65,7 @@ def problem(model):
     """What is not accounted for in `model`, or None."""
     found = gaussmask.describe(model)
     if found.supported:
-        return None if found.family in PROVEN else f"{found.family} is attached to, but no tiny model proves it"
+        return None if found.family in proven() else f"{found.family} is attached to, but no tiny model proves it"
     return f"nobody has decided about it ({found.reason})" if UNKNOWN in found.reason else None
 
 
