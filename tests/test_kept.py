@@ -82,6 +82,29 @@ def test_nothing_is_kept_or_taken_where_it_must_not_be():
     assert torch.equal(graph(torch.zeros(1)), own)
 
 
+TRANSFORMS = {
+    "functionalize": lambda call: torch.func.functionalize(call)(torch.ones(2)),
+    "vmap": lambda call: torch.vmap(call)(torch.ones(3, 2)),
+    "grad": lambda call: torch.func.grad(lambda x: call(x).sum())(torch.ones(2)),
+    "jvp": lambda call: torch.func.jvp(call, (torch.ones(2),), (torch.ones(2),)),
+    "jacrev": lambda call: torch.func.jacrev(call)(torch.ones(2)),
+    "vmap in grad": lambda call: torch.func.grad(lambda x: torch.vmap(call)(x).sum())(torch.ones(3, 2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, of jvp
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_of_torch_func_leaves_nothing(name):
+    """Its tensors are wrappers that have no values when it has ended."""
+    expected = coordinates_on(torch.Size((4, 4)), device="cpu").tolist()
+    module._kept.clear()
+    TRANSFORMS[name](lambda x: x * coordinates()[0].sum())
+    assert coordinates().tolist() == expected
+    TRANSFORMS[name](lambda x: x * coordinates()[0].sum())
+    assert coordinates().tolist() == expected
+    assert len(module._kept) == 1
+
+
 def test_a_tensor_of_inference_mode_serves_training():
     with torch.inference_mode():
         assert not coordinates().is_inference()

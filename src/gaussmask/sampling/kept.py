@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 
 LIMIT = 128
@@ -19,8 +20,9 @@ def kept(make: Callable[..., T], *settings: Any, device: torch.device | str | No
 
     Nothing is kept, or taken, where a tensor of another time must not be: in a graph that is being captured or traced,
     where it would be a constant at an address that may be freed; under a dispatch mode, which may hold no real tensors;
-    and without a device, which may then be any. On a GPU each stream has its own, for another one may not be done yet.
-    A tensor that somebody wrote into is made anew.
+    in a transform of torch.func, whose tensors are wrappers that end with it; and without a device, which may then be
+    any. On a GPU each stream has its own, for another one may not be done yet. A tensor that somebody wrote into is
+    made anew.
 
     Args:
         make: a function of this library's, of nothing but its arguments, that returns a tensor, or a tuple of some that
@@ -28,7 +30,13 @@ def kept(make: Callable[..., T], *settings: Any, device: torch.device | str | No
         settings: what it depends on besides, hashable.
     """
     # Few steps where it is found: in a forward all of this is code that the processor has not run for a while.
-    if device is None or is_compiling() or _get_tracing_state() is not None or _len_torch_dispatch_stack():
+    if (
+        device is None
+        or is_compiling()
+        or _get_tracing_state() is not None
+        or _len_torch_dispatch_stack()
+        or peek_interpreter_stack() is not None
+    ):
         return make(*settings, device=device)
     if type(device) is not torch.device:
         device = torch.device(device)
