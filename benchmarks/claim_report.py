@@ -32,7 +32,7 @@ from claim.reader import compute_table, first_numbers, which_sentence, which_tab
 from claim.records import Record, costs_of, read, results_by_run
 from claim.verdicts import CONTRADICTED, NOT_ENOUGH, SHOWN, combined, verdict
 from clip_intervals import Difference, difference
-from written.plot_style import DPI, GREY, STYLE, WIDTH
+from plot_style import DPI, GREY, STYLE, WIDTH
 from written.tables import fill, markdown
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from draw_masks import GRID, draw_mask, load_photo
 from measure.arithmetic import Tower, clip_ceiling
-from written.plot_style import DPI, GREY, STYLE, WIDTH
+from plot_style import DPI, GREY, STYLE, WIDTH
 
 import gaussmask
 from gaussmask.functional import num_kept_patches

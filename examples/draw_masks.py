@@ -15,6 +15,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from PIL import Image
+from plot_style import STYLE
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torchvision.transforms import v2 as transforms
@@ -22,11 +23,10 @@ from torchvision.transforms import v2 as transforms
 import gaussmask
 
 GRID = (14, 14)  # of a ViT-B/16 at 224 pixels
-COLORS = 128  # of the animation's palette
 
 
 def main(
-    output: Path = Path("docs/masks.gif"),
+    output: Path = Path("docs/masks.webp"),
     image: Path | None = None,
     mask_ratio: float = 0.75,
     sigma: float = 0.2,
@@ -36,7 +36,7 @@ def main(
     """Draw it.
 
     Args:
-        output: the GIF to write.
+        output: the animation to write, a .webp or a .gif.
         image: a picture of your own.
         mask_ratio: share of the patches that is dropped.
         sigma: variance of the Gaussian.
@@ -53,13 +53,13 @@ def main(
         "block": gaussmask.BlockPatchDropout(mask_ratio),
     }
     frames = []
-    for seed in range(steps):
-        figure = gaussmask.plot.compare_drops(photo, drops, grid_size=GRID, seed=seed, columns=1 + len(drops))
-        frames.append(_rendered(figure))
-        plt.close(figure)
-    palette = frames[0].quantize(COLORS)
-    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    first.save(output, save_all=True, append_images=others, duration=milliseconds, loop=0, optimize=True)
+    with mpl.rc_context(STYLE):
+        for seed in range(steps):
+            figure = gaussmask.plot.compare_drops(photo, drops, grid_size=GRID, seed=seed, columns=1 + len(drops))
+            frames.append(_rendered(figure))
+            plt.close(figure)
+    first, *others = frames
+    first.save(output, save_all=True, append_images=others, duration=milliseconds, loop=0, quality=80, method=6)
 
 
 def _rendered(figure: Figure) -> Image.Image:
@@ -68,7 +68,7 @@ def _rendered(figure: Figure) -> Image.Image:
     for axis in figure.axes:
         axis.title.set_fontsize(13)  # the six panels are shown in the width of a page
     figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")  # type: ignore[attr-defined]
+    return Image.fromarray(np.array(figure.canvas.buffer_rgba()))  # type: ignore[attr-defined]
 
 
 def load_photo(image: Path | None = None) -> Tensor:

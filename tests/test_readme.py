@@ -78,8 +78,8 @@ def test_the_pictures_are_there_and_the_commands_beside_them_draw_them(tmp_path)
     for page in PAGES:
         for picture in re.findall(r"!\[[^\]]+\]\((?!https:)([^)]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / picture).is_file()
-    draw_masks.main(output=tmp_path / "masks.gif", steps=3)
-    with Image.open(tmp_path / "masks.gif") as drawn, Image.open(ROOT / "docs" / "masks.gif") as shown:
+    draw_masks.main(output=tmp_path / "masks.webp", steps=3)
+    with Image.open(tmp_path / "masks.webp") as drawn, Image.open(ROOT / "docs" / "masks.webp") as shown:
         assert drawn.size == shown.size
         assert drawn.n_frames == 3
         assert shown.n_frames == 12

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from clip_intervals import CONFIDENCE, Difference, difference
 from matplotlib.figure import Figure
-from written.plot_style import WIDTH
+from plot_style import WIDTH
 
 from claim.compute import long_runs, sets
 from claim.costs import BASELINE, CURVE_COSTS

@@ -1,3 +1,1 @@
-"""What the programs write: files that are whole at any time (`files`), tables and their places in pages (`tables`), and
-plots that can be read on a light and on a dark page (`plot_style`).
-"""
+"""What the programs write: files that are whole at any time (`files`), and tables in their places (`tables`)."""
