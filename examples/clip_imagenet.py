@@ -122,7 +122,7 @@ def load_imagenet(
                 f"imagenet {source}: {len(names)} class names lie beside it and ImageNet has {len(CLASSNAMES)}, so "
                 "these are other classes: take zero_shot for it"
             )
-        bar = tqdm(shards, desc="looking for images", unit=" shards", disable=True if len(shards) < 10 else None)
+        bar = tqdm(shards, desc="looking for images", unit=" shards", delay=1, disable=None)
         found = [image for shard in bar for image in _in_shard(shard, problems.append)]
     if not found:
         raise ValueError(f"imagenet {source} holds no images" + (f": {problems[0]}" if problems else ""))

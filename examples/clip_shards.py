@@ -140,7 +140,7 @@ def count_samples(shards: Sequence[str]) -> int:
         if sizes.is_file():
             known |= {str(folder / name): int(size) for name, size in json.loads(sizes.read_text()).items()}
     count = 0
-    for shard in tqdm(shards, desc="counting samples", unit=" shards", disable=True if len(shards) < 10 else None):
+    for shard in tqdm(shards, desc="counting samples", unit=" shards", delay=1, disable=None):
         count += known[shard] if shard in known else _count_images(shard)
     return count
 
