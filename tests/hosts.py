@@ -487,6 +487,11 @@ COMPILED = [
     "transformers-VJEPA2ForVideoClassification", "transformers-YolosModel", "transformers-RadioModel",
     "transformers-VivitModel",
 ]  # fmt: skip
+# Of these, those with the mechanism of another one: Beit's biases twice more, relative positions and a hook.
+SIMILAR = {
+    "timm-beit-both-rectangle", "timm-relpos-shared-class", "transformers-Data2VecVisionModel-shared",
+    "transformers-VivitModel",
+}  # fmt: skip
 COMPILED_WITH_PIXELS = ["timm-vit", "timm-naflex-learned", "transformers-CLIPModel", "transformers-RadioModel"]
 SAVED = [
     "transformers-CLIPModel", "transformers-DINOv3ViTModel", "transformers-TimmWrapperModel",

@@ -382,6 +382,7 @@ def test_hooks_around_the_embedding_see_all_and_are_none():
 
 # With the compiler, in half of a precision, recomputed
 
+WITH_EVERY_RULE = ("timm-vit", "timm-naflex-learned", "transformers-CLIPModel")
 ALREADY_COMPILED = pytest.mark.thorough(
     "test_attach.py compiles this host, and other hosts are compiled with this rule"
 )
@@ -391,10 +392,10 @@ ALREADY_COMPILED = pytest.mark.thorough(
     ("name", "stage"),
     [
         *(
-            pytest.param(name, "tokens", marks=[] if name in COMPILED_WITH_PIXELS else ALREADY_COMPILED)
-            for name in COMPILED
+            pytest.param(name, stage, marks=() if name in WITH_EVERY_RULE else ALREADY_COMPILED)
+            for stage, names in [("tokens", COMPILED), ("pixels", COMPILED_WITH_PIXELS)]
+            for name in names
         ),
-        *((name, "pixels") for name in COMPILED_WITH_PIXELS),
     ],
 )
 def test_rules_that_ask_compile_whole(name, stage):

@@ -61,6 +61,7 @@ def folder(tmp_path_factory):
     return output
 
 
+@pytest.mark.thorough("test_train_clip.py and test_open_clip_glip.py start each of the two")
 def test_both_programs_train_on_a_quarter_of_the_patches(folder):
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert [(run["round"], run["mask_ratio"], run["program"]) for run in results["runs"]] == [
