@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import clip_options
@@ -56,16 +53,6 @@ def options(**changes) -> clip_options.Config:
 
 def metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def start(arguments: list[str], processes: int = 1) -> subprocess.Popen:
-    """The program as a user starts it."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, str(EXAMPLES / "train_clip.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
 
 
 def assert_same_weights(first: Path, second: Path, phase: str = "training") -> None:

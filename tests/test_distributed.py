@@ -2,6 +2,7 @@
 
 import copy
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -103,7 +104,6 @@ def test_auto_takes_tokens_where_the_projection_is_sharded_by_itself(path):
 
 def train_step_of_two(rank, store, results):
     """One process: what it kept, and the gradients after the reduction, for every host."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     outcome = {}
     for name, stage in with_stages(REPRESENTATIVE):
@@ -123,7 +123,7 @@ def train_step_of_two(rank, store, results):
 
 
 def test_two_processes_draw_apart_and_share_gradients(tmp_path):
-    torch.multiprocessing.spawn(train_step_of_two, (tmp_path / "store", tmp_path), nprocs=2)
+    processes.spawn(train_step_of_two, (tmp_path / "store", tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert len(first) > 20
     for (name, stage), (kept, gradient) in first.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hf_clip
 import numpy as np
+import processes
 import pytest
 import torch
 import transformers
@@ -139,7 +140,8 @@ class TestRun:
         output, trainer = run
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
         image.save(tmp_path / "image.png")
-        program = f"""
+        (tmp_path / "open.py").write_text(
+            f"""
 import sys
 sys.modules["gaussmask"] = None
 import torch, transformers
@@ -153,7 +155,8 @@ with torch.no_grad():
 result = [model.state_dict(), dict(inputs), outputs.image_embeds, outputs.text_embeds]
 torch.save(result, {str(tmp_path / "result.pt")!r})
 """
-        subprocess.run([sys.executable, "-c", program], check=True)
+        )
+        processes.run(tmp_path / "open.py")
         opened, inputs, image_embeds, text_embeds = torch.load(tmp_path / "result.pt")
         assert_equal_weights(opened, weights(trainer.model))
         with torch.no_grad():
@@ -304,7 +307,7 @@ def test_two_processes_are_one_with_a_batch_of_twice_the_size(shards, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(two_processes, (port, commands, str(tmp_path)), nprocs=2)
+    processes.spawn(two_processes, (port, commands, str(tmp_path)), nprocs=2)
     for command, ranks in zip(
         commands, zip(*(torch.load(tmp_path / f"{r}.pt") for r in range(2)), strict=True), strict=True
     ):

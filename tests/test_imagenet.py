@@ -14,10 +14,10 @@ import imagenet_shards
 import numpy as np
 import open_clip
 import open_clip_train.zero_shot
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torchvision
 import webdataset
 from clip_shards import count_samples, expand
@@ -151,7 +151,7 @@ class TestFigures:
         for shard in (place / "shards" / "00000.tar", place / "shards" / "00002.tar"):
             content = shard.read_bytes()
             (shards / shard.name).write_bytes(content.replace(b"\xff\xd8\xff", b"bad", 3))
-        other = torch.multiprocessing.spawn(second_process, (str(place), str(tmp_path)), nprocs=1, join=False)
+        other = processes.spawn(second_process, (str(place), str(tmp_path)), nprocs=1, join=False)
         try:
             dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=2)
             first = figures(place, tmp_path, tokenize)
@@ -199,7 +199,6 @@ def figures(place: Path, folder: Path, tokenize, **options) -> dict[str, float]:
 
 
 def second_process(_: int, place: str, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=1, world_size=2)
     torch.save(figures(Path(place), Path(folder), Tokenize(), workers=1), f"{folder}/second.pt")
     dist.destroy_process_group()

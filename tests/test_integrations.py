@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import lightning
+import processes
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
@@ -154,7 +155,7 @@ def start_process(monkeypatch, function, *args):
     }.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    torch.multiprocessing.spawn(function, args, nprocs=1)
+    processes.spawn(function, args, nprocs=1)
 
 
 def run_section(rank, title):

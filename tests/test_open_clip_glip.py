@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import open_clip
+import processes
 import pytest
 import torch
 from open_clip.transformer import PatchDropout as OpenClipPatchDropout
@@ -134,7 +135,7 @@ def test_it_trains_and_plain_open_clip_loads_the_checkpoint(folder, monkeypatch)
 
 def test_two_processes_draw_different_masks_and_keep_equal_weights(folder):
     (folder / "spy.py").write_text(KEEP_WHAT_A_RANK_DID)
-    _execute("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "spy.py", *_arguments())
+    processes.run("spy.py", *_arguments(), processes=2)
     ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
     assert ranks[0]["kept"].shape == ranks[1]["kept"].shape == (6, 8)
     assert not torch.equal(ranks[0]["kept"].sort().values, ranks[1]["kept"].sort().values)

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,20 +24,22 @@ import clip_step
 import clip_stream
 import numpy as np
 import open_clip
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import train_clip
 import training_cost
 import webdataset
-from clip_runs import EXAMPLES, TINY, assert_same_weights, metrics, options, start, write_shards
+from clip_runs import EXAMPLES, TINY, assert_same_weights, metrics, options, write_shards
 from clip_shards import count_samples, expand
 from safetensors.torch import load_file
 from torch.torch_version import TorchVersion
 from user_errors import UserError, one_line
 
 import gaussmask
+
+PROGRAM = EXAMPLES / "train_clip.py"
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +182,6 @@ class TestStep:
 
 def steps_of_a_process(rank: int, world_size: int, store: str, results: str) -> None:
     """Every way to spread a batch over processes: loss, gradients and masks of each."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     ranks = clip_checkpoints.Ranks(rank, world_size)
     images, tokens = (tensor.chunk(world_size)[rank] for tensor in tiny_batch(12))
@@ -205,7 +207,7 @@ def steps_of_a_process(rank: int, world_size: int, store: str, results: str) -> 
 
 def test_two_processes_compute_what_one_computes(tmp_path):
     """The gathered loss and its gradients; masks differ between processes, unless their seeds are equal."""
-    torch.multiprocessing.spawn(steps_of_a_process, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    processes.spawn(steps_of_a_process, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     for (siglip, parts, sharded), (_, spread) in found[0][0].items():
         loss = open_clip.loss.SigLipLoss() if siglip else open_clip.loss.ClipLoss()
@@ -494,8 +496,7 @@ for name, tensor in vit.state_dict().items():
     assert torch.equal(tensor, weights["visual.trunk." + name]), name
 """
     )
-    done = subprocess.run([sys.executable, str(tmp_path / "open.py")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    processes.run(tmp_path / "open.py")
 
 
 def arguments(place: Path, output: Path, **changes) -> list[str]:
@@ -517,21 +518,18 @@ SHORT = {"caption-tokens": 4, "caption-reduction": "frequency", "caption-thresho
 )
 def test_killed_runs_go_on_to_the_weights_of_the_uninterrupted_one(place, tmp_path, more):
     """SIGKILL in the middle of training, then of tuning; with workers, random crops and captions, bit for bit."""
-    whole = start(arguments(place, tmp_path / "whole", **more))
-    assert whole.wait() == 0, whole.stdout.read()
-    assert "steps/s" not in whole.stdout.read()  # a bar, which moves, is not for the file of a job
-    whole.stdout.close()
+    printed = processes.run(PROGRAM, *arguments(place, tmp_path / "whole", **more))
+    assert "steps/s" not in printed  # a bar, which moves, is not for the file of a job
     for phase, step in [("training", 10), ("tuning", 7), (None, None)]:
         resume = [] if phase == "training" else ["--resume"]
-        run = start([*arguments(place, tmp_path / "killed", **more), *resume])
+        run = processes.Program(PROGRAM, *arguments(place, tmp_path / "killed", **more), *resume)
         text = ""
-        for line in run.stdout:
+        for line in run.output:
             text += line
             if phase is not None and f"{phase} {step}:" in line:
-                os.killpg(run.pid, signal.SIGKILL)
+                run.kill()
                 break
-        run.stdout.close()
-        assert run.wait() == (0 if phase is None else -signal.SIGKILL), text
+        assert run.wait()[0] == (0 if phase is None else -signal.SIGKILL), text
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
     assert_same_weights(tmp_path / "whole", tmp_path / "killed", "tuning")
     # The log has every step once, with the same losses.
@@ -606,7 +604,7 @@ def test_the_slurm_script_starts_the_program_and_goes_on_with_it(place, tmp_path
 
 
 def test_two_processes_train_shard_and_resume(place, tmp_path):
-    """Under torchrun: DDP and FSDP2, the latter resumed, also by one process; the log is of the whole batch."""
+    """DDP and FSDP2, the latter resumed, also by one process; the log is of the whole batch."""
     changes = {
         "epochs": 1,
         "tuning-epochs": 0,
@@ -616,15 +614,21 @@ def test_two_processes_train_shard_and_resume(place, tmp_path):
         "zero-shot": place / "data/*.tar",
     }
     for name, more in [("ddp", []), ("fsdp", ["--fsdp"])]:
-        run = start([*arguments(place, tmp_path / name, **changes), *more], processes=2)
-        assert run.wait() == 0, run.stdout.read()
-        run.stdout.close()
+        processes.run(PROGRAM, *arguments(place, tmp_path / name, **changes), *more, processes=2)
         assert [r["samples"] for r in metrics(tmp_path / name) if "samples" in r] == [8, 16, 24, 32, 40, 48]
     weights = [load_file(tmp_path / n / "training/model/open_clip_model.safetensors") for n in ("ddp", "fsdp")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name].reshape(tensor.shape), tensor, rtol=1e-3, atol=1e-5)
-    ranks = [torch.load(tmp_path / "fsdp/training/checkpoints/step-00000003" / f"rank-{r}.pt") for r in range(2)]
+    checkpoint = tmp_path / "fsdp/training/checkpoints/step-00000003"
+    ranks = [torch.load(checkpoint / f"rank-{rank}.pt") for rank in range(2)]
     assert not torch.equal(ranks[0]["torch"], ranks[1]["torch"])  # the generators that masks come from
+    for count, more in [(2, ["--fsdp"]), (1, [])]:
+        cut = tmp_path / f"by {count}"
+        shutil.copytree(checkpoint, cut / "training/checkpoints" / checkpoint.name)
+        command = [*arguments(place, cut, **changes), *more, "--resume"]
+        assert "going on from" in processes.run(PROGRAM, *command, processes=count)
+        assert [r["step"] for r in metrics(cut) if "loss" in r] == [4, 5, 6]
+    assert_same_weights(tmp_path / "fsdp", tmp_path / "by 2")
 
 
 class TestCheckpoints:
@@ -779,10 +783,8 @@ class TestMistakes:
             train_clip.main(config(place, tmp_path, lr=1e30, epochs=4))
 
     def test_the_program_ends_with_one_line(self, tmp_path):
-        run = start(["--train-data", "/no/such.tar", "--output", str(tmp_path / "out")])
-        assert run.wait() == 1
-        assert run.stdout.read() == "train_clip.py: there is no shard /no/such.tar\n"
-        run.stdout.close()
+        run = processes.Program(PROGRAM, "--train-data", "/no/such.tar", "--output", tmp_path / "out")
+        assert run.wait() == (1, "train_clip.py: there is no shard /no/such.tar\n")
 
 
 class TestEvaluation:
