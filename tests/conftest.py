@@ -45,12 +45,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest's own selects by mark
 def pytest_collection_modifyitems(config, items):
-    """What takes long and finds what other tests find as well waits for the night, with its reason."""
-    if config.getoption("thorough"):
-        return
+    """What takes long and finds what other tests find as well waits for the night, with its reason; so does the rest of
+    what is cut short by day."""
     for item in items:
-        if (mark := item.get_closest_marker("thorough")) is not None:
+        if "thorough" in item.fixturenames:
+            item.add_marker(pytest.mark.nightly)
+        if (mark := item.get_closest_marker("thorough")) is not None and not config.getoption("thorough"):
             item.add_marker(pytest.mark.skip(reason=f"--thorough runs it: {mark.args[0]}"))
 
 

@@ -446,7 +446,6 @@ TRACED_ANEW = [("timm-vit", "tokens"), ("timm-naflex-learned", "pixels")]
 OF_ANOTHERS_MECHANISM = pytest.mark.thorough("another host of its mechanism is compiled always")
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "stage"),
     [

@@ -127,7 +127,6 @@ def names_of_every_file():
     return [name for file, own in names.items() for name in own[:: 5 if file in masked else 1 + len(own) // 2]]
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 @pytest.mark.filterwarnings("ignore")  # overridden defaults of timm's own
 def test_every_name_of_timm(chunk, request, thorough):
@@ -243,7 +242,6 @@ def unaccounted(name, cls, is_proven_tower):
     return problem(model)
 
 
-@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 def test_every_vision_model_of_transformers(request, thorough):
     tf.logging.set_verbosity_error()
