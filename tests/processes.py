@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+HERE = "127.0.0.1"
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["open_clip", "timm", "transformers", "webdataset", "tyro", "torch._dynamo", "torch.distributed.fsdp"]
@@ -76,12 +77,15 @@ def _be_the_program(writing, folder: Path, environment: Mapping[str, str], argv:
     runpy.run_path(argv[0], run_name="__main__")
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind((HERE, 0))
+        return free.getsockname()[1]
+
+
 def run(path: Path | str, *arguments: object, processes: int = 1) -> str:
     """What a program prints, which ends well; with several processes, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    of_all = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    of_all = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": HERE, "MASTER_PORT": free_port()}
     started = []
     for rank in range(processes):
         place = {name: str(value) for name, value in ({"RANK": rank, "LOCAL_RANK": rank} | of_all).items()}

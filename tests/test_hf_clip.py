@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 import tarfile
@@ -304,10 +303,7 @@ def test_two_processes_are_one_with_a_batch_of_twice_the_size(shards, tmp_path):
     processor.save_pretrained(tmp_path / "model")
     options = ONE_STEP | {"model": tmp_path / "model", "per-device-train-batch-size": COUNT // 2, "tuning-epochs": 0}
     commands = [arguments(shards, tmp_path, **options, mask_ratio=ratio) for ratio in (0.0, 0.5)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.spawn(two_processes, (port, commands, str(tmp_path)), nprocs=2)
+    processes.spawn(two_processes, (processes.free_port(), commands, str(tmp_path)), nprocs=2)
     for command, ranks in zip(
         commands, zip(*(torch.load(tmp_path / f"{r}.pt") for r in range(2)), strict=True), strict=True
     ):
