@@ -6,7 +6,7 @@ A page is 688 pixels wide, which is `WIDTH` inches at 100 pixels each; `DPI` is 
 from typing import Any
 
 WIDTH, DPI = 6.88, 160
-GREY = "#808080"
+GREY = "#7f7f7f"  # lighter by one, and notebooks put a plot without a background on black
 STYLE: Any = {  # of matplotlib, whose own types name every setting
     "savefig.facecolor": "none",
     "figure.facecolor": "none",

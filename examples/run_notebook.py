@@ -84,6 +84,8 @@ def main(output: Path = Path("build"), in_place: bool = False) -> None:
     finally:
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # times of day, which change with every run
+            for shown in cell.get("outputs", []):
+                shown.get("metadata", {}).pop("needs_background", None)  # plot_style reads on any: no box around it
         executed = output / NOTEBOOK.name
         nbformat.write(notebook, executed)
         html, _ = HTMLExporter().from_notebook_node(notebook)
