@@ -46,6 +46,7 @@ from claim.records import (
     Record,
     costs_keys,
     costs_of,
+    of_setting,
     pending,
     read,
     results_by_run,
@@ -74,7 +75,7 @@ class Config:
         sets: train on these sets only.
         class_sets: labelled data in place of the four of the rule: `NAME:SIZE:SPLIT[,SPLIT...]`, the side of its
             images in pixels, and the splits to evaluate.
-        scale: "cpu" for the recipe of docs/claims-rule.md, "gpu" for a larger one that one GPU trains in two minutes.
+        scale: "cpu" for the recipe of docs/claims-rule.md, "gpu" for the larger one there, on one GPU.
         minutes: begin no run that would end later, as far as the runs before it tell.
         workers: runs at a time; by default one per core on a CPU, with one thread each, and one on a GPU.
         plan: print the runs and what they cost, and stop.
@@ -309,9 +310,10 @@ def describe(
 
 def speed(records: Sequence[Record], setting: Setting) -> float:
     """Operations per second of a run, from the runs that there are."""
-    trainings = [(Run(**record["run"]), record["seconds"]) for record in records if record["kind"] == "training"]
-    done = [(work(run, setting), seconds) for run, seconds in trainings if run.data in setting.data_names]
-    return sum(operations for operations, _ in done) / sum(seconds for _, seconds in done) if done else DEFAULT_SPEED
+    done = [(work(run, setting), record["seconds"]) for run, record in of_setting(records, setting)]
+    if not done:
+        return DEFAULT_SPEED[setting.recipe.device]
+    return sum(operations for operations, _ in done) / sum(seconds for _, seconds in done)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import claim_report
 import claims
 from claim import run as claim_run
 from claim.design import SCENES, DataSet, Run, flip, full_setting, glip, smoke_setting, weighted
-from claim.masks import CHOICE_SEEDS, CONFIRMING_SEEDS
+from claim.masks import CHOICE_SEEDS, CONFIRMING_SEEDS, cluster_choice, schedule_choice
 from claim.plan import plan
 from claim.records import pending, read, results_by_run, training_keys, write
 from claim.schedules import Masks
@@ -409,15 +409,29 @@ class TestCommand:
         assert claims._belongs("C6", "C6")
         assert not claims._belongs("C6a", "C6")
 
-    def test_the_larger_scale_has_the_same_plan_and_its_own_records(self, capsys, tmp_path):
+    def test_the_larger_scale_has_the_same_plan_but_its_choices_of_masks_and_its_own_records(self, capsys, tmp_path):
         claims.main(claims.Config(data=tmp_path, plan=True, output=tmp_path, scale="gpu"))
         assert "| C0 rates " in capsys.readouterr().out
         larger = full_setting("gpu")
-        plans = [[replace(run, budget=None) for run in plan(known(of), (0,))] for of in (larger, FULL)]
+        chosen = [cluster_choice(larger).taken({}), schedule_choice(larger).taken({})]
+        assert [(run.method, run.anchors, run.noise, run.schedule) for run in chosen] == [
+            ("cluster", 0.1, 0.05, None), ("glip", None, None, "growing")
+        ]  # fmt: skip
+        cheap = replace(FULL, clusters=larger.clusters, schedules=larger.schedules)
+        plans = [[replace(run, budget=None) for run in plan(known(of), (0,))] for of in (larger, cheap)]
         assert plans[0] == plans[1]
+        assert {claim.name for claim in known(FULL)} - {claim.name for claim in known(larger)} == {
+            "C7 cluster", "C7 schedules"
+        }  # fmt: skip
         assert results_by_run([record(flip("cifar10"), FULL, a=1.0)], larger) == {}
         length = claim_run.length_of(Run("cifar10", "flip", 0.75, budget=larger.budget), larger)
         assert length.steps * length.cost + length.tuning_steps == pytest.approx(larger.budget, abs=1)
+
+    def test_hours_left_are_told_by_the_runs_of_the_same_scale(self):
+        small = record(flip("cifar10"), FULL, a=1.0) | {"seconds": 100.0}
+        larger = full_setting("gpu")
+        assert claims.speed([small], FULL) == claims.work(flip("cifar10"), FULL) / 100
+        assert claims.speed([small], larger) == claims.speed([], larger)
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
     def test_the_larger_scale_needs_a_gpu(self, tmp_path):

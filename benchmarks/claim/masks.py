@@ -28,10 +28,8 @@ from claim.design import (
 
 CHOICE_SEEDS = (20, 21, 22)
 CONFIRMING_SEEDS = (30, 31, 32, 33, 34)
-ANCHORS = (0.03, 0.1)
-NOISES = (0.05, 0.1, 0.3)
 RATIOS_IN_TURN = (RATIO, *(ratio for ratio in reversed(RATIOS) if ratio != RATIO))  # the most telling ones first
-SCHEDULES = (("cluster", "half random"), ("cluster", "late random"), ("glip", "growing"), ("flip", "two views"))
+ANCHORS, NOISE = 0.03, 0.1  # the library's own
 STAGES = ("masked", "unmasked", "tuned")
 SIDES = ("this mask", "FLIP")
 NUM_RULES = 6  # that are read together, cluster among them before its settings are chosen
@@ -51,9 +49,12 @@ def masks_claims(setting: Setting, results: Results) -> list[Claim]:
         waits=not confirmed,
     )
     first, others = (list(_rules(setting, cluster, ratios)) for ratios in (RATIOS_IN_TURN[:1], RATIOS_IN_TURN[1:]))
+    choices = (
+        ("C7 cluster", "Settings of the cluster mask, chosen on one set", cluster_choice(setting)),
+        ("C7 schedules", "Masks that change while the model trains", schedule_choice(setting)),
+    )
     return [
-        _choice("C7 cluster", "Settings of the cluster mask, chosen on one set", cluster_choice(setting)),
-        _choice("C7 schedules", "Masks that change while the model trains", schedule_choice(setting)),
+        *(_choice(name, title, choice) for name, title, choice in choices if len(choice.candidates) > 1),
         Claim("C7", "Which mask, for which images", first, SIDES),
         best,
         Claim("C7 retrieval", "Which mask, where captions are long", list(_retrieval(setting, cluster)), SIDES),
@@ -68,19 +69,18 @@ def chosen_on(setting: Setting) -> DataSet:
 
 def cluster_choice(setting: Setting) -> Choice:
     name = chosen_on(setting).name
-    tried = [
-        Run(name, "cluster", RATIO, anchors=anchors, noise=noise)
-        for anchors, noise in itertools.product(ANCHORS, NOISES)
-    ]
+    tried = [Run(name, "cluster", RATIO, anchors=anchors, noise=noise) for anchors, noise in setting.clusters]
     return Choice(tried, _tuned(chosen_on(setting)), CHOICE_SEEDS)
 
 
 def schedule_choice(setting: Setting) -> Choice:
-    """The schedules, and the rules that do not change: all with their defaults, so that none is tuned."""
+    """The schedules, and if there are several, rules that do not change: all with their defaults, so that none is
+    tuned."""
     name = chosen_on(setting).name
-    changing = [Run(name, method, RATIO, schedule=schedule) for method, schedule in SCHEDULES]
-    plain = [Run(name, "grid", RATIO), Run(name, "cluster", RATIO, anchors=ANCHORS[0], noise=NOISES[1])]
-    return Choice([*changing, *plain], _tuned(chosen_on(setting)), CHOICE_SEEDS)
+    tried = [Run(name, method, RATIO, schedule=schedule) for method, schedule in setting.schedules]
+    if len(tried) > 1:
+        tried += [Run(name, "grid", RATIO), Run(name, "cluster", RATIO, anchors=ANCHORS, noise=NOISE)]
+    return Choice(tried, _tuned(chosen_on(setting)), CHOICE_SEEDS)
 
 
 def rules_on(data: DataSet, mask_ratio: float, cluster: Run | None) -> dict[str, Run]:

@@ -13,7 +13,7 @@ from claim.design import Run, Setting
 
 Record = dict[str, Any]
 NOT_OF_THE_RECIPE = {"mask_ratio", "sigma", "sampling", "epochs", "tuning_epochs", "device"}
-DEFAULT_SPEED = 3e10  # operations per second of one run, as long as no run tells
+DEFAULT_SPEED = {"cpu": 3e10, "cuda": 1e13}  # operations per second of one run, as long as no run tells
 
 
 def read(file: Path) -> list[Record]:
@@ -31,17 +31,18 @@ def write(file: Path, records: Sequence[Record]) -> None:
 def results_by_run(records: Sequence[Record], setting: Setting) -> dict[Run, dict[str, float]]:
     """The figures of every training with this setting; records of other recipes and other data are left out."""
     found: dict[Run, dict[str, float]] = {}
-    for run, record in _of_setting(records, setting):
+    for run, record in of_setting(records, setting):
         found.setdefault(run, {}).update(record["results"])
     return found
 
 
 def curves_by_run(records: Sequence[Record], setting: Setting) -> dict[Run, dict[str, list[float]]]:
     """The curves of those trainings that have one, see `claim.run.Outcome`."""
-    return {run: record["curve"] for run, record in _of_setting(records, setting) if "curve" in record}
+    return {run: record["curve"] for run, record in of_setting(records, setting) if "curve" in record}
 
 
-def _of_setting(records: Sequence[Record], setting: Setting) -> Iterator[tuple[Run, Record]]:
+def of_setting(records: Sequence[Record], setting: Setting) -> Iterator[tuple[Run, Record]]:
+    """The trainings with this setting."""
     for record in records:
         if record["kind"] != "training":
             continue
