@@ -37,6 +37,7 @@ from torch import nn
 
 import gaussmask
 from gaussmask import GaussianPatchDropout, RandomPatchDropout, UnsupportedModelError
+from gaussmask.seams.guards import MustReachDrop
 from gaussmask.seams.seam import Seam
 
 
@@ -486,6 +487,18 @@ def test_compiles_without_a_graph_break(name, stage, thorough):
     assert keeps(drop, host, 3, 0.25)
     assert torch.allclose(result(host, compiled.eval(), inputs), result(host, model, inputs), atol=1e-5)
     assert drop.keep_indices is None
+
+
+@staged(REPRESENTATIVE)
+def test_hooks_lie_in_the_order_in_which_they_run(name, stage):
+    """An OrderedDict's order is not that of the dict below it, by whose places torch.compile may name a hook."""
+    model = ALL[name].build()
+    model.register_forward_pre_hook(lambda module, args: None)
+    gaussmask.attach(model, GaussianPatchDropout(0.5), stage=stage)
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            assert list(hooks) == list(dict.keys(hooks))
+    assert isinstance(next(iter(model._forward_pre_hooks.values())).__self__, MustReachDrop)
 
 
 @staged(REPRESENTATIVE)

@@ -115,9 +115,16 @@ class Link:
         return Link, ()
 
     def before(self, module: nn.Module, act: Any, *, first: bool = False) -> None:
-        """Make a method of a helper a forward pre-hook, with keywords if it has a parameter `kwargs`."""
+        """Make a method of a helper a forward pre-hook, with keywords if it has a parameter `kwargs`; `first`, before
+        those that are there."""
         takes_kwargs = "kwargs" in inspect.signature(act).parameters
-        module.register_forward_pre_hook(act, with_kwargs=takes_kwargs, prepend=first)
+        module.register_forward_pre_hook(act, with_kwargs=takes_kwargs)
+        if (
+            first
+        ):  # torch's `prepend` leaves the dict below the OrderedDict as it was, by which torch.compile finds hooks
+            hooks = module._forward_pre_hooks
+            for earlier in list(hooks)[:-1]:
+                hooks[earlier] = hooks.pop(earlier)
         self.touched.add(module)
 
     def after(self, module: nn.Module, act: Any, *, always: bool = False) -> None:
