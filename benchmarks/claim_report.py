@@ -42,6 +42,8 @@ PLOTS = ROOT / "docs" / "claims"
 COSTS = Claim("C2", "It costs no more than FLIP", [], ("GLIP", "FLIP"))
 BY_RULE = ("C7", "C7 ratios")  # claims whose rows are every mask on every set
 CURVES = "C0 curves"
+LARGER = "-gpu"  # behind the names of texts and plots of the larger scale
+OF_THE_LARGER = ("claims-compute", "claims-which", "claims-C0", "claims-C0-rates", "claims-C7")  # texts that pages show
 WORDS = {  # of the plots, for those of the labels
     "val-centred": "centred",
     "val-offcentre": "off centre",
@@ -59,16 +61,28 @@ def main(records: Path = RECORDS, output: Path | None = None) -> None:
         records: claims.jsonl of a run.
         output: folder for the page and the plots; by default the pages of the repository are brought up to date.
     """
-    setting = full_setting("cpu")
     found = read(records)
     if output is not None:
-        save_report(found, setting, output)
+        save_report(found, full_setting("cpu"), output)
         return
-    texts = all_texts(found, setting)
+    texts = page_texts(found)
     for page in PAGES:
         page.write_text(fill(page.read_text(encoding="utf-8"), texts), encoding="utf-8")
     PLOTS.mkdir(exist_ok=True)
-    save_plots(found, setting, PLOTS, shown_on_pages())
+    save_plots(found, full_setting("cpu"), PLOTS, names=shown_on_pages())
+    save_plots(found, full_setting("gpu"), PLOTS, LARGER, names=shown_on_pages())
+
+
+def page_texts(records: Sequence[Record]) -> dict[str, str]:
+    """What the repository's pages show: `all_texts`, and some of them at the larger scale, with `LARGER` behind."""
+    small, large = full_setting("cpu"), full_setting("gpu")
+    larger = all_texts(records, large)
+    both = [judge_all(records, setting)["C0"] for setting in (small, large)]
+    return {
+        **all_texts(records, small),
+        **{f"{name}{LARGER}": larger[name] for name in OF_THE_LARGER},
+        "first-numbers": first_numbers(*both),
+    }
 
 
 def shown_on_pages() -> set[str]:
@@ -98,11 +112,11 @@ def key(claim: Claim) -> str:
 
 def all_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
     """By name: a text for every claim; `claims-which`, `claims-compute` and `claims-summary` of the page for readers;
-    `which-mask` and `first-numbers` of the README; and `claims-origin`.
+    `which-mask` of the README; and `claims-origin`.
     """
     results = results_by_run(records, setting)
     every = claims(setting, results)
-    judged = {claim.name: judge(claim, results) for claim in every}
+    judged = judge_all(records, setting)
     texts = {key(claim): claim_text(claim, judged[claim.name]) for claim in every}
     texts[key(COSTS)] = costs_text(records, setting)
     decided = [claim for claim in every if any(row.primary for row in claim.rows)]
@@ -112,9 +126,14 @@ def all_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
     texts["claims-which"] = which_table([*judged["C7"], *judged["C7 ratios"]])
     texts["which-mask"] = which_sentence(judged["C7"])
     texts["claims-compute"] = compute_table(judged["C0"], curves(records, setting, results))
-    texts["first-numbers"] = first_numbers(judged["C0"])
     texts["claims-origin"] = origin(records)
     return texts
+
+
+def judge_all(records: Sequence[Record], setting: Setting) -> dict[str, list[Judged]]:
+    """The rows of every claim, by its name."""
+    results = results_by_run(records, setting)
+    return {claim.name: judge(claim, results) for claim in claims(setting, results)}
 
 
 def claim_text(claim: Claim, judged: Sequence[Judged]) -> str:
@@ -271,12 +290,19 @@ def origin(records: Sequence[Record]) -> str:
     return "\n".join([f"{len(records)} records, {hours:.1f} hours in all, with one thread per training:", "", *lines])
 
 
-def save_plots(records: Sequence[Record], setting: Setting, folder: Path, names: Collection[str] | None = None) -> None:
-    """A plot for every claim that has results, or for those of `names`; it carries the digest of what it shows."""
+def save_plots(
+    records: Sequence[Record], setting: Setting, folder: Path, suffix: str = "", names: Collection[str] | None = None
+) -> None:
+    """A plot for every claim that has results, or for those of `names`; it carries the digest of what it shows.
+
+    Args:
+        suffix: behind the stem of every file.
+    """
     with mpl.rc_context(STYLE):
         for stem, figure in draw_plots(records, setting).items():
-            if names is None or stem in names:
-                figure.savefig(folder / f"{stem}.png", dpi=DPI, metadata={"Records": records_digest(records)})
+            name = f"{stem}{suffix}"
+            if names is None or name in names:
+                figure.savefig(folder / f"{name}.png", dpi=DPI, metadata={"Records": records_digest(records)})
 
 
 def draw_plots(records: Sequence[Record], setting: Setting) -> dict[str, Figure]:

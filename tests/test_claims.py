@@ -309,7 +309,7 @@ class TestReport:
     def test_the_pages_and_plots_show_the_records_that_lie_in_the_repository(self):
         records = read(claim_report.RECORDS)
         assert records
-        texts = claim_report.all_texts(records, FULL)
+        texts = claim_report.page_texts(records)
         for page in claim_report.PAGES:
             text = page.read_text(encoding="utf-8")
             assert text == claim_report.fill(text, texts), "run `python benchmarks/claim_report.py`"

@@ -277,7 +277,7 @@ class TestReader:
             judged("eurosat", "GLIP", [7.0] * 5, stage="masked"),
         ]
         table = claim_reader.which_table(rows)
-        assert "| products on white (fashion) | 0.75 | 50.0 | **+4.1 ± 0.1** | +8.5 ± 6.4 (2 seeds) |" in table
+        assert "| products on white (fashion) | 0.75 | 50.0 | **+4.1 ± 0.1** | +8.5 (2 seeds) |" in table
         assert "| land from above (EuroSAT) | 0.75 | 50.0 | +0.0 ± 0.5 | – |" in table
         assert "7.0" not in table
 
@@ -289,6 +289,11 @@ class TestReader:
         said = claim_reader.first_numbers([found])
         assert said.count("- **") == 3
         assert "**+10 points at equal compute**" in said
+        assert "GPU" not in said.splitlines()[2]
+        larger = replace(found, found=difference([8.0, 8.5, 7.5, 8.0, 8.0]))
+        said = claim_reader.first_numbers([found], [larger])
+        assert "**+8 to +10 points at equal compute**" in said
+        assert "(+10.0 on CIFAR-10; larger ones, on a GPU: +8.0 on CIFAR-10)" in said
 
     def test_the_table_of_compute_has_a_row_for_every_method_that_ran(self):
         labels = {"data": "cifar10", "method": "FLIP"}
@@ -297,6 +302,12 @@ class TestReader:
         clip = {seed: Curve([100, 300], None, [10.0, 30.0]) for seed in range(3)}
         fast = {seed: Curve([100, 200], None, [10.0, 50.0]) for seed in range(3)}
         table = claim_reader.compute_table([found], {"cifar10": {"CLIP": clip, "FLIP": fast}})
-        assert "| shown | CIFAR-10 | FLIP | 45.0 | 55.0 | +10.0 [+9.1, +10.9] | – |" in table
-        assert "| 2.00× [2.00, 2.00] | – | 5 |" in table
+        assert "| shown | CIFAR-10 | FLIP | 45.0 | 55.0 | +10.0 [+9.1, +10.9] | 2.00× [2.00, 2.00] | 5 |" in table
+        assert "seconds" not in table  # nobody has measured them
+        timed = {
+            name: {seed: replace(curve, seconds=curve.operations) for seed, curve in of_seeds.items()}
+            for name, of_seeds in (("CLIP", clip), ("FLIP", fast))
+        }
+        table = claim_reader.compute_table([found], {"cifar10": timed})
+        assert "| +20.0 [+20.0, +20.0] | 2.00× [2.00, 2.00] | 2.00× [2.00, 2.00] | 5 |" in table
         assert claim_reader.compute_table([Judged(row)], {}) == "Not run yet."

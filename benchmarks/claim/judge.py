@@ -11,6 +11,8 @@ from claim.masks import CHOICE_SEEDS as CLUSTER_SEEDS
 from claim.masks import CONFIRMING_SEEDS
 from claim.verdicts import verdict
 
+UNKNOWN = "–"  # in a cell
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -72,6 +74,6 @@ def name_of(row: Row) -> str:
 def interval(found: Difference | None, digits: int = 2) -> str:
     """As text, with a sign; points."""
     if found is None:
-        return "–"
+        return UNKNOWN
     middle, low, high = (f"{value:+.{digits}f}" for value in (found.mean, found.low, found.high))
     return middle if found.n == 1 else f"{middle} [{low}, {high}]"

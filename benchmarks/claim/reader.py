@@ -4,7 +4,6 @@ The texts go into the README and the head of docs/claims.md; the rows behind the
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -12,7 +11,7 @@ from written.tables import RESULTS, markdown
 
 from claim.curves import Curve, Sooner, lead_after_as_long, sooner
 from claim.design import NAMES, RATIO
-from claim.judge import Judged, interval
+from claim.judge import UNKNOWN, Judged, interval
 from claim.verdicts import CONTRADICTED, NOT_ENOUGH, SHOWN
 
 KINDS = {
@@ -35,14 +34,14 @@ def which_table(judged: Sequence[Judged], stage: str = "tuned") -> str:
         cells |= {"images": _kind(labels["data"]), "dropped": labels["ratio"]}
         cells["FLIP"] = f"{row.sides[1]:.1f}"
         mark = "**" if row.verdict in (SHOWN, CONTRADICTED) else ""
-        few = f" ({row.found.n} seeds)" if row.verdict == NOT_ENOUGH else ""
-        half = "" if math.isnan(row.found.high) else f" ± {row.found.high - row.found.mean:.1f}"
-        cells[labels["mask"]] = f"{mark}{row.found.mean:+.1f}{half}{mark}{few}"
+        few = row.verdict == NOT_ENOUGH
+        spread = f" ({row.found.n} seeds)" if few else f" ± {row.found.high - row.found.mean:.1f}"
+        cells[labels["mask"]] = f"{mark}{row.found.mean:+.1f}{spread}{mark}"
     if not rows:
         return "Not run yet."
     order = list(dict.fromkeys(data for data, _ in rows))
     by_images = sorted(rows, key=lambda place: (order.index(place[0]), float(place[1])))
-    return markdown(pd.DataFrame([rows[place] for place in by_images]).fillna("–"))
+    return markdown(pd.DataFrame([rows[place] for place in by_images]).fillna(UNKNOWN))
 
 
 IN_CODE = {
@@ -80,7 +79,8 @@ def which_sentence(judged: Sequence[Judged]) -> str:
 
 
 def compute_table(judged: Sequence[Judged], curves: Mapping[str, Mapping[str, Mapping[int, Curve]]]) -> str:
-    """At equal operations: CLIP's accuracy and the masked one's, and how much sooner it is there."""
+    """At equal operations: CLIP's accuracy and the masked one's, and how much sooner it is there; in seconds too, where
+    these have been measured."""
     rows = []
     for row in judged:
         if row.found is None or row.sides is None:
@@ -101,7 +101,10 @@ def compute_table(judged: Sequence[Judged], curves: Mapping[str, Mapping[str, Ma
                 "seeds": str(row.found.n),
             }
         )
-    return markdown(pd.DataFrame(rows)) if rows else "Not run yet."
+    if not rows:
+        return "Not run yet."
+    table = pd.DataFrame(rows)
+    return markdown(table.loc[:, (table != UNKNOWN).any()])
 
 
 def _kind(data: str) -> str:
@@ -110,11 +113,11 @@ def _kind(data: str) -> str:
 
 
 def _said(found: Sooner | None) -> str:
-    return "–" if found is None else str(found)
+    return UNKNOWN if found is None else str(found)
 
 
-def first_numbers(compute: Sequence[Judged]) -> str:
-    """Speed and memory of a GPU, and accuracy at equal compute where that has been run."""
+def first_numbers(compute: Sequence[Judged], larger: Sequence[Judged] = ()) -> str:
+    """Speed and memory of a GPU, and accuracy at equal compute where that has been run, at the larger scale too."""
     steps = _rows("h200-step.json", model=FIRST_MODEL, mask_ratio=FIRST_RATIO, mode="eager")
     clips = _rows("h200-clip.json", mask_ratio=FIRST_RATIO)
     ours, timms = steps["gaussmask pixels"]["speed_up"], steps["timm patch_drop_rate"]["speed_up"]
@@ -125,17 +128,28 @@ def first_numbers(compute: Sequence[Judged]) -> str:
         f"- **{whole['batch'] / unmasked['batch']:.1f} times the batch in the same memory**, and "
         f"{whole['speed_up']:.1f} times the images per second: all of CLIP ViT-B/16 with its texts, likewise.",
     ]
-    flip = [row for row in compute if row.row.labels["method"] == "FLIP" and row.found and row.verdict != NOT_ENOUGH]
-    if flip:
-        means = {NAMES.get(row.row.labels["data"], row.row.labels["data"]): row.found.mean for row in flip if row.found}
-        low, high = (f"{limit(means.values()):+.0f}" for limit in (min, max))
+    means, larger_means = _leads_of_flip(compute), _leads_of_flip(larger)
+    if means:
+        low, high = (f"{limit([*means.values(), *larger_means.values()]):+.0f}" for limit in (min, max))
         span = high if low == high else f"{low} to {high}"
-        said = ", ".join(f"{mean:+.1f} on {name}" for name, mean in means.items())
+        said = _listed(means)
+        if larger_means:
+            said += f"; larger ones, on a GPU: {_listed(larger_means)}"
         lines.append(
             f"- **{span} points at equal compute**: zero-shot accuracy of small CLIPs with three quarters of the "
-            f"patches dropped at random, against none ({said}). [Two CPU cores, five seeds](docs/claims.md)."
+            f"patches dropped at random, against none ({said}). [Five seeds each](docs/claims.md)."
         )
     return "\n".join(lines)
+
+
+def _leads_of_flip(compute: Sequence[Judged]) -> dict[str, float]:
+    """By the name of the set, where enough seeds have been run."""
+    flip = [row for row in compute if row.row.labels["method"] == "FLIP" and row.verdict != NOT_ENOUGH]
+    return {NAMES.get(row.row.labels["data"], row.row.labels["data"]): row.found.mean for row in flip if row.found}
+
+
+def _listed(means: Mapping[str, float]) -> str:
+    return ", ".join(f"{mean:+.1f} on {name}" for name, mean in means.items())
 
 
 def _rows(file: str, **of: object) -> dict[str, dict[str, float]]:
