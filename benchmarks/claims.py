@@ -2,7 +2,7 @@
 
     python benchmarks/claims.py --data FOLDER --plan                 # what would be run, and what it costs
     python benchmarks/claims.py --data FOLDER --minutes 120          # go on where the last call stopped
-    python benchmarks/claims.py --data FOLDER --scale gpu --minutes 8 --only C0 C7
+    python benchmarks/claims.py --data FOLDER --scale gpu --workers 8 --minutes 8 --only C0 C7
     python benchmarks/claims.py --data FOLDER --only C1 --seeds 10 11 12 13 14
     python benchmarks/claims.py --data FOLDER --only C1 --class-sets "stl10:64:test" --output build/stl10
     python benchmarks/claims.py --smoke                              # all of it, tiny: shows that it runs
@@ -77,7 +77,8 @@ class Config:
             images in pixels, and the splits to evaluate.
         scale: "cpu" for the recipe of docs/claims-rule.md, "gpu" for the larger one there, on one GPU.
         minutes: begin no run that would end later, as far as the runs before it tell.
-        workers: runs at a time; by default one per core on a CPU, with one thread each, and one on a GPU.
+        workers: runs at a time; by default one per core on a CPU, with one thread each, and one on a GPU. That waits
+            for its host then: of ten at a time, each takes an H200 six seconds, and 3 GiB.
         plan: print the runs and what they cost, and stop.
         smoke: everything in tiny, on generated data and one seed.
         output: folder for claims.jsonl and the report.

@@ -119,9 +119,9 @@ class Link:
         those that are there."""
         takes_kwargs = "kwargs" in inspect.signature(act).parameters
         module.register_forward_pre_hook(act, with_kwargs=takes_kwargs)
-        if (
-            first
-        ):  # torch's `prepend` leaves the dict below the OrderedDict as it was, by which torch.compile finds hooks
+        if first:
+            # Not by torch's `prepend`, which leaves the dict below the OrderedDict in its old order: by their places
+            # there torch.compile finds hooks again (2.11 does), and would ask one for what another one has.
             hooks = module._forward_pre_hooks
             for earlier in list(hooks)[:-1]:
                 hooks[earlier] = hooks.pop(earlier)
