@@ -77,8 +77,8 @@ class Config:
             images in pixels, and the splits to evaluate.
         scale: "cpu" for the recipe of docs/claims-rule.md, "gpu" for the larger one there, on one GPU.
         minutes: begin no run that would end later, as far as the runs before it tell.
-        workers: runs at a time; by default one per core on a CPU, with one thread each, and one on a GPU. That waits
-            for its host then: of ten at a time, each takes an H200 six seconds, and 3 GiB.
+        workers: runs at a time; by default one per core on a CPU, with one thread each, and one on a GPU, which several
+            fill better: it waits for its host.
         plan: print the runs and what they cost, and stop.
         smoke: everything in tiny, on generated data and one seed.
         output: folder for claims.jsonl and the report.

@@ -417,7 +417,7 @@ class TestCommand:
         assert [(run.method, run.anchors, run.noise, run.schedule) for run in chosen] == [
             ("cluster", 0.1, 0.05, None), ("glip", None, None, "growing")
         ]  # fmt: skip
-        cheap = replace(FULL, clusters=larger.clusters, schedules=larger.schedules)
+        cheap = replace(FULL, clusters=larger.clusters, tries=larger.tries)
         plans = [[replace(run, budget=None) for run in plan(known(of), (0,))] for of in (larger, cheap)]
         assert plans[0] == plans[1]
         assert {claim.name for claim in known(FULL)} - {claim.name for claim in known(larger)} == {

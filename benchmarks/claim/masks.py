@@ -29,7 +29,6 @@ from claim.design import (
 CHOICE_SEEDS = (20, 21, 22)
 CONFIRMING_SEEDS = (30, 31, 32, 33, 34)
 RATIOS_IN_TURN = (RATIO, *(ratio for ratio in reversed(RATIOS) if ratio != RATIO))  # the most telling ones first
-ANCHORS, NOISE = 0.03, 0.1  # the library's own
 STAGES = ("masked", "unmasked", "tuned")
 SIDES = ("this mask", "FLIP")
 NUM_RULES = 6  # that are read together, cluster among them before its settings are chosen
@@ -74,12 +73,8 @@ def cluster_choice(setting: Setting) -> Choice:
 
 
 def schedule_choice(setting: Setting) -> Choice:
-    """The schedules, and if there are several, rules that do not change: all with their defaults, so that none is
-    tuned."""
     name = chosen_on(setting).name
-    tried = [Run(name, method, RATIO, schedule=schedule) for method, schedule in setting.schedules]
-    if len(tried) > 1:
-        tried += [Run(name, "grid", RATIO), Run(name, "cluster", RATIO, anchors=ANCHORS, noise=NOISE)]
+    tried = [Run(name, mask_ratio=RATIO, **fields) for fields in setting.tries]
     return Choice(tried, _tuned(chosen_on(setting)), CHOICE_SEEDS)
 
 
