@@ -409,6 +409,18 @@ class TestCommand:
         assert claims._belongs("C6", "C6")
         assert not claims._belongs("C6a", "C6")
 
+    def test_masks_are_taken_out_of_their_row_with_what_they_are_compared_with(self, tmp_path):
+        config = claims.Config(output=tmp_path, only=("C7",), sets=("fashion",), masks=("weighted", "grid"))
+        needed = claims._needed(config, FULL, [], (0, 1))
+        grids, gaussians, random = (
+            {run for run in needed if run.method == method} for method in ("grid", "glip", "flip")
+        )
+        assert grids | gaussians | random == set(needed)
+        assert {run.sampling for run in gaussians} == {"weighted"}
+        wanted = {(ratio, seed) for ratio in (0.5, 0.75, 0.918) for seed in (0, 1)}
+        for runs in (grids, gaussians, random):
+            assert {(run.mask_ratio, run.seed) for run in runs} == wanted
+
     def test_the_larger_scale_has_the_same_plan_but_its_choices_of_masks_and_its_own_records(self, capsys, tmp_path):
         claims.main(claims.Config(data=tmp_path, plan=True, output=tmp_path, scale="gpu"))
         assert "| C0 rates " in capsys.readouterr().out
@@ -445,6 +457,9 @@ class TestCommand:
             ({"data": Path("nowhere")}, "neither .* in nowhere"),
             ({"data": Path("nowhere"), "only": ("C9",)}, "only must be of C1"),
             ({"data": Path("nowhere"), "sets": ("stl10",)}, "sets must be of cifar10"),
+            ({"data": Path("nowhere"), "sets": ("stl10",), "plan": True}, "sets must be of cifar10"),
+            ({"data": Path("nowhere"), "masks": ("glip",)}, "masks must be of CLIP"),
+            ({"data": Path("nowhere"), "only": ("C1",), "masks": ("GLIP",)}, "masks must be of none"),
             ({"data": Path("nowhere"), "class_sets": ("stl10",)}, "NAME:SIZE:SPLIT"),
         ],
     )

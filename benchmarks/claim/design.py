@@ -100,6 +100,11 @@ class Row:
     primary: bool = False
     comparisons: int = 1
 
+    @property
+    def mask(self) -> str | None:
+        """What the row is about, as its table says it, where masks are compared."""
+        return self.labels.get("mask", self.labels.get("method"))
+
 
 @dataclass(frozen=True)
 class Claim:
