@@ -8,6 +8,7 @@ its own. Nothing is computed but means, Student's t intervals, and the verdicts 
 """
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -362,21 +363,22 @@ def in_words(row: Row) -> str:
 
 def plot_by_rule(claim: Claim, judged: Sequence[Judged]) -> Figure:
     """After the tuning: a panel for every set and ratio, a line in it for every mask."""
-    rows = [row for row in judged if row.row.labels["stage"] == "tuned" and row.found]
-    panels = list(dict.fromkeys((row.row.labels["ratio"], row.row.labels["data"]) for row in rows))
-    across = len({data for _, data in panels})
-    figure = Figure(figsize=(WIDTH, 2.3 * math.ceil(len(panels) / across)), layout="constrained")
-    grid = figure.subplots(math.ceil(len(panels) / across), across, squeeze=False, sharey=True)
-    for axes, (ratio, data) in zip(grid.flat, panels, strict=False):
-        own = [row for row in rows if (row.row.labels["ratio"], row.row.labels["data"]) == (ratio, data)]
-        for place, row in enumerate(own):
-            if row.found is not None:
+    tuned = [row for row in judged if row.row.labels["stage"] == "tuned"]
+    rows = [row for row in tuned if row.found]
+    ratios, sets = (list(dict.fromkeys(row.row.labels[name] for row in rows)) for name in ("ratio", "data"))
+    masks = list(dict.fromkeys(row.row.labels["mask"] for row in tuned))
+    figure = Figure(figsize=(WIDTH, 2.3 * len(ratios)), layout="constrained")
+    grid = figure.subplots(len(ratios), len(sets), squeeze=False, sharey=True)
+    for axes, (ratio, data) in zip(grid.flat, itertools.product(ratios, sets), strict=True):
+        for row in rows:
+            if (row.row.labels["ratio"], row.row.labels["data"]) == (ratio, data) and row.found is not None:
                 spread = [[row.found.mean - row.found.low], [row.found.high - row.found.mean]]
                 shown = spread if row.verdict != NOT_ENOUGH else None
+                place = masks.index(row.row.labels["mask"])
                 axes.errorbar(row.found.mean, place, xerr=shown, fmt="o", color="C0" if shown else GREY, capsize=2)
         axes.axvline(0, color=GREY, linewidth=0.8)
-        axes.set_yticks(range(len(own)), [row.row.labels["mask"] for row in own], fontsize="small")
-        axes.set_title(f"{NAMES.get(data, data)}, {float(ratio):.0%} dropped", fontsize="small")
+        axes.set_title(f"{NAMES.get(data, data)}\n{ratio} dropped", fontsize="small")
+    grid[0, 0].set_yticks(range(len(masks)), masks, fontsize="small")  # of all panels, which share them
     grid[0, 0].invert_yaxis()
     figure.supxlabel(f"{claim.sides[0]} − {claim.sides[1]}, points after the tuning", fontsize="small")
     return figure

@@ -21,7 +21,7 @@ from claim import run as claim_run
 from claim.compute import LEARNING_RATES, long_runs
 from claim.costs import CURVE_COSTS
 from claim.curves import Curve, sooner
-from claim.design import CIFAR10, Choice, Row, Run, flip, full_setting, smoke_setting
+from claim.design import CIFAR10, Choice, Claim, Row, Run, flip, full_setting, smoke_setting
 from claim.judge import Judged
 from claim.masks import cluster_choice
 from claim.plan import claims, plan
@@ -280,6 +280,25 @@ class TestReader:
         assert "| products on white (fashion) | 0.75 | 50.0 | **+4.1 ± 0.1** | +8.5 (2 seeds) |" in table
         assert "| land from above (EuroSAT) | 0.75 | 50.0 | +0.0 ± 0.5 | – |" in table
         assert "7.0" not in table
+
+    def test_the_plot_names_its_points_where_not_all_masks_were_run(self):
+        rows = [
+            judged("cifar10", "GLIP", [1.0] * 5),
+            judged("cifar10", "RECLIP", [2.0] * 5),
+            judged("fashion", "GLIP", [3.0] * 5),
+            judged("fashion", "cluster", [4.0] * 5),
+            judged("fashion", "RECLIP", [5.0, 6.0]),
+        ]
+        figure = claim_report.plot_by_rule(Claim("C7", "", [], ("this mask", "FLIP")), rows)
+        names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        drawn = {}
+        for axes in figure.axes:
+            points = [container.lines[0].get_xydata()[0] for container in axes.containers]
+            drawn[axes.get_title()] = {names[int(place)]: value for value, place in points}
+        assert drawn == {
+            "CIFAR-10\n0.75 dropped": {"GLIP": 1.0, "RECLIP": 2.0},
+            "fashion\n0.75 dropped": {"GLIP": 3.0, "cluster": 4.0, "RECLIP": 5.5},
+        }
 
     def test_the_first_numbers_have_accuracy_only_when_it_has_been_run(self):
         assert claim_reader.first_numbers([]).count("- **") == 2
