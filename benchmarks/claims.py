@@ -25,11 +25,12 @@ import math
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Literal
 
@@ -218,7 +219,7 @@ class Pool:
 def _pool(config: Config, setting: Setting) -> Iterator[Pool]:
     on_cpu = setting.recipe.device == "cpu"
     size = config.workers or (os.cpu_count() or 1 if on_cpu else 1)
-    initializer = functools.partial(torch.set_num_threads, 1) if on_cpu else None
+    initializer = functools.partial(_begin_worker, threads=1 if on_cpu else None)
     before = os.environ.get(NO_BARS)
     os.environ[NO_BARS] = "1"  # read by tqdm when a worker imports it: there is one bar for all runs
     try:
@@ -228,6 +229,20 @@ def _pool(config: Config, setting: Setting) -> Iterator[Pool]:
         del os.environ[NO_BARS]
         if before is not None:
             os.environ[NO_BARS] = before
+
+
+def _begin_worker(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Nobody would read what a worker finds whose parent was killed."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def train_all(

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -355,7 +356,33 @@ class TestReport:
         assert (row.found.low, row.found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
 
 
+def _runs(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _train_for_a_minute(pids):
+    claims.get_context = lambda method: processes.CONTEXT
+    with claims._pool(claims.Config(workers=1), SETTING) as pool:
+        pids.send(pool.executor.submit(os.getpid).result())
+        pool.executor.submit(time.sleep, 60).result()
+
+
 class TestCommand:
+    def test_workers_end_when_the_program_is_killed(self):
+        pids, sending = processes.CONTEXT.Pipe(duplex=False)
+        program = processes.CONTEXT.Process(target=_train_for_a_minute, args=(sending,))
+        program.start()
+        worker = pids.recv()
+        program.kill()
+        until = time.monotonic() + 20
+        while _runs(worker) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not _runs(worker)
+
     def test_smoke_runs_everything(self, smoke, thorough):
         left = {path.name for path in smoke.output.iterdir()}
         records = read(smoke.output / "claims.jsonl")
