@@ -8,14 +8,11 @@ its own. Nothing is computed but means, Student's t intervals, and the verdicts 
 """
 
 import hashlib
-import itertools
 import json
-import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
@@ -24,35 +21,26 @@ import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from claim.costs import BASELINE
+from claim.costs_report import COSTS, costs_summary_row, costs_text, judge_costs, plot_costs
 from claim.curves import curves, plot_curves
-from claim.design import NAMES, RATIO, RATIOS, Claim, Row, Setting, full_setting
+from claim.design import Claim, Setting, full_setting
 from claim.judge import Judged, interval, judge, name_of
 from claim.plan import claims
+from claim.plots import plot, plot_by_rule
 from claim.reader import compute_table, first_numbers, which_sentence, which_table
-from claim.records import Record, costs_of, read, results_by_run
-from claim.verdicts import CONTRADICTED, NOT_ENOUGH, SHOWN, combined, verdict
-from clip_intervals import Difference, difference
-from plot_style import DPI, GREY, STYLE, WIDTH
+from claim.records import Record, read, results_by_run
+from claim.verdicts import NOT_ENOUGH, combined, in_a_sentence
+from plot_style import DPI, STYLE
 from written.tables import fill, markdown
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "claims.jsonl"
 PAGES = (ROOT / "docs" / "claims.md", ROOT / "docs" / "claims-details.md", ROOT / "README.md")
 PLOTS = ROOT / "docs" / "claims"
-COSTS = Claim("C2", "It costs no more than FLIP", [], ("GLIP", "FLIP"))
 BY_RULE = ("C7", "C7 ratios")  # claims whose rows are every mask on every set
 CURVES = "C0 curves"
 LARGER = "-gpu"  # behind the names of texts and plots of the larger scale
 OF_THE_LARGER = ("claims-compute", "claims-which", "claims-C0", "claims-C0-rates", "claims-C7")  # texts that pages show
-WORDS = {  # of the plots, for those of the labels
-    "val-centred": "centred",
-    "val-offcentre": "off centre",
-    "centering 0.5": "half way",
-    "centering 0": "anywhere",
-    "centering 1": "in the middle",
-}
-SPEED_MARGIN, MEMORY_LIMIT = math.log(0.97), 1.03
 
 
 def main(records: Path = RECORDS, output: Path | None = None) -> None:
@@ -151,15 +139,11 @@ def claim_text(claim: Claim, judged: Sequence[Judged]) -> str:
     if not primary:
         return table
     rows = "; ".join(f"{name_of(row.row)}: {interval(row.found)}, {row.verdict}" for row in primary)
-    return f"**{claim.name} is {_said(_verdict(claim, primary))}.** {rows}.\n\n{table}"
+    return f"**{claim.name} is {in_a_sentence(_verdict(claim, primary))}.** {rows}.\n\n{table}"
 
 
 def _verdict(claim: Claim, primary: Sequence[Judged]) -> str:
     return NOT_ENOUGH if claim.waits else combined(row.verdict for row in primary)
-
-
-def _said(word: str) -> str:
-    return "not decided: not enough runs" if word == NOT_ENOUGH else word
 
 
 def _cells(claim: Claim, judged: Judged) -> dict[str, str]:
@@ -185,94 +169,6 @@ def summary_row(claim: Claim, judged: Sequence[Judged]) -> dict[str, str]:
         "claim": f"{claim.name} {claim.title[0].lower()}{claim.title[1:]}",
         "primary rows: difference in points (95 %)": said,
     }
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one model costs at one ratio; logarithms of ratios of images per second.
-
-    Args:
-        speed: of GLIP to FLIP.
-        memory: peak of GLIP over that of FLIP.
-        speed_ups: of FLIP and of GLIP over CLIP.
-        ceiling: of the two, by the arithmetic.
-    """
-
-    model: str
-    batch: int
-    mask_ratio: float
-    speed: Difference
-    memory: float
-    speed_ups: tuple[Difference, Difference]
-    ceiling: float
-
-    @property
-    def verdict(self) -> str:
-        by_speed = verdict(self.speed, SPEED_MARGIN)
-        if by_speed == NOT_ENOUGH:
-            return by_speed
-        return combined([by_speed, SHOWN if self.memory < MEMORY_LIMIT else CONTRADICTED])
-
-
-def judge_costs(records: Sequence[Record], setting: Setting) -> list[Cost]:
-    """Every model at every ratio, from its latest measurement."""
-    found = []
-    for name in setting.cost_models:
-        record = costs_of(records, name, setting)
-        if record is None:
-            continue
-        milliseconds, peaks = record["milliseconds"], record["peak_mib"]
-
-        def faster(one: str, other: str, times: dict[str, list[float]] = milliseconds) -> Difference:
-            return difference([math.log(b / a) for a, b in zip(times[one], times[other], strict=True)])
-
-        for ratio in RATIOS:
-            flip, glip = f"flip {ratio:g}", f"glip {ratio:g}"
-            speed_ups = (faster(flip, BASELINE), faster(glip, BASELINE))
-            memory = peaks[glip] / peaks[flip]
-            ceiling = record["ceiling"][flip]
-            found.append(Cost(name, record["batch"], ratio, faster(glip, flip), memory, speed_ups, ceiling))
-    return found
-
-
-def costs_text(records: Sequence[Record], setting: Setting) -> str:
-    costs = judge_costs(records, setting)
-    if not costs:
-        return "Not measured."
-    cells = [
-        {
-            "verdict": f"**{cost.verdict}**" if cost.mask_ratio == RATIO else cost.verdict,
-            "model": f"{cost.model}, batch {cost.batch}",
-            "ratio": f"{cost.mask_ratio:g}",
-            "images/s, GLIP / FLIP (95 %)": times(cost.speed),
-            "peak memory, GLIP / FLIP": f"{cost.memory:.3f}",
-            "speed-up of FLIP over CLIP": times(cost.speed_ups[0], 2),
-            "of GLIP": times(cost.speed_ups[1], 2),
-            "ceiling": f"{cost.ceiling:.2f}",
-            "n": str(cost.speed.n),
-        }
-        for cost in costs
-    ]
-    primary = [cost for cost in costs if cost.mask_ratio == RATIO]
-    rows = "; ".join(f"{cost.model}: {times(cost.speed)}, memory {cost.memory:.3f}, {cost.verdict}" for cost in primary)
-    said = _said(combined(cost.verdict for cost in primary))
-    return f"**{COSTS.name} is {said}.** {rows}.\n\n{markdown(pd.DataFrame(cells))}"
-
-
-def costs_summary_row(records: Sequence[Record], setting: Setting) -> dict[str, str]:
-    primary = [cost for cost in judge_costs(records, setting) if cost.mask_ratio == RATIO]
-    said = "; ".join(f"{cost.model}: {times(cost.speed)} of FLIP's images/s" for cost in primary)
-    return {
-        "verdict": f"**{combined(cost.verdict for cost in primary)}**",
-        "claim": f"{COSTS.name} {COSTS.title[0].lower()}{COSTS.title[1:]}",
-        "primary rows: difference in points (95 %)": said,
-    }
-
-
-def times(found: Difference, digits: int = 3) -> str:
-    """A ratio, from its logarithm."""
-    middle, low, high = (f"{math.exp(value):.{digits}f}" for value in (found.mean, found.low, found.high))
-    return f"{middle}× [{low}, {high}]"
 
 
 def origin(records: Sequence[Record]) -> str:
@@ -323,96 +219,6 @@ def draw_plots(records: Sequence[Record], setting: Setting) -> dict[str, Figure]
 def records_digest(records: Sequence[Record]) -> str:
     """Of all records: a plot with another one is out of date."""
     return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
-
-
-def plot(claim: Claim, judged: Sequence[Judged]) -> Figure:
-    """The difference of every row that was run, with its interval; primary rows filled, grey without enough runs."""
-    rows = [row for row in judged if row.found is not None]
-    figure = Figure(figsize=(WIDTH, 1.0 + 0.22 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for place, row in enumerate(rows):
-        if row.found is None:
-            continue
-        enough = row.verdict != NOT_ENOUGH
-        spread = [[row.found.mean - row.found.low], [row.found.high - row.found.mean]] if enough else None
-        color = "C0" if enough else GREY
-        face = color if row.row.primary else "none"
-        axes.errorbar(row.found.mean, place, xerr=spread, fmt="o", color=color, markerfacecolor=face, capsize=2)
-    for margin in {0.0, *(row.row.margin for row in rows)}:
-        axes.axvline(margin, color=GREY, linewidth=0.8, linestyle="-" if margin == 0 else ":")
-    axes.set_yticks(range(len(rows)), [in_words(row.row) for row in rows])
-    axes.invert_yaxis()
-    figure.supxlabel(f"{claim.sides[0]} − {claim.sides[1]}, points (95 % interval over seeds)", fontsize="medium")
-    return figure
-
-
-def in_words(row: Row) -> str:
-    """The name of a row as a plot has it."""
-    labels = {name: label for name, label in row.labels.items() if name != "varied"}
-    if "ratio" in labels:
-        labels["ratio"] = "mean of the ratios" if labels["ratio"] == "mean" else f"{float(labels['ratio']):.1%} dropped"
-    if "sigma" in labels:
-        labels["sigma"] = f"σ = {labels['sigma']}"
-    said = ", ".join(labels.values())
-    for code, word in {**NAMES, **WORDS}.items():
-        said = said.replace(code, word)
-    said = re.sub(r"_to_(\w+)_r(\d+)", r" to \1, recall@\2", said)
-    said = re.sub(r"0?\.\d+(?= of the side)", lambda size: f"{float(size[0]):.0%}", said)
-    return said.replace(".0%", "%").replace("%", " %")
-
-
-def plot_by_rule(claim: Claim, judged: Sequence[Judged]) -> Figure:
-    """After the tuning: a panel for every set and ratio, a line in it for every mask."""
-    tuned = [row for row in judged if row.row.labels["stage"] == "tuned"]
-    rows = [row for row in tuned if row.found]
-    ratios, sets = (list(dict.fromkeys(row.row.labels[name] for row in rows)) for name in ("ratio", "data"))
-    masks = list(dict.fromkeys(row.row.labels["mask"] for row in tuned))
-    figure = Figure(figsize=(WIDTH, 2.3 * len(ratios)), layout="constrained")
-    grid = figure.subplots(len(ratios), len(sets), squeeze=False, sharey=True)
-    for axes, (ratio, data) in zip(grid.flat, itertools.product(ratios, sets), strict=True):
-        for row in rows:
-            if (row.row.labels["ratio"], row.row.labels["data"]) == (ratio, data) and row.found is not None:
-                spread = [[row.found.mean - row.found.low], [row.found.high - row.found.mean]]
-                shown = spread if row.verdict != NOT_ENOUGH else None
-                place = masks.index(row.row.labels["mask"])
-                axes.errorbar(row.found.mean, place, xerr=shown, fmt="o", color="C0" if shown else GREY, capsize=2)
-        axes.axvline(0, color=GREY, linewidth=0.8)
-        axes.set_title(f"{NAMES.get(data, data)}\n{ratio} dropped", fontsize="small")
-    grid[0, 0].set_yticks(range(len(masks)), masks, fontsize="small")  # of all panels, which share them
-    grid[0, 0].invert_yaxis()
-    figure.supxlabel(f"{claim.sides[0]} − {claim.sides[1]}, points after the tuning", fontsize="small")
-    return figure
-
-
-def plot_costs(costs: Sequence[Cost]) -> Figure:
-    """Speed-ups over CLIP, with the ceiling."""
-    models = list(dict.fromkeys(cost.model for cost in costs)) or [""]
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        own = [cost for cost in costs if cost.model == model]
-        for side, (name, shift) in enumerate((("FLIP", -0.2), ("GLIP", 0.2))):
-            middle = [math.exp(cost.speed_ups[side].mean) for cost in own]
-            low = [value - math.exp(cost.speed_ups[side].low) for value, cost in zip(middle, own, strict=True)]
-            high = [math.exp(cost.speed_ups[side].high) - value for value, cost in zip(middle, own, strict=True)]
-            axes.bar(
-                [place + shift for place in range(len(own))],
-                middle,
-                0.38,
-                yerr=[low, high],
-                label=name,
-                capsize=2,
-                ecolor=GREY,
-            )
-        for place, cost in enumerate(own):
-            axes.hlines(cost.ceiling, place - 0.4, place + 0.4, color=GREY)
-        axes.set_xticks(range(len(own)), [f"{cost.mask_ratio:g}" for cost in own])
-        axes.set(title=model, xlabel="share of patches dropped")
-    figure.axes[0].set_ylabel("times CLIP's images per second")
-    figure.axes[0].plot([], color=GREY, label="at best, by the arithmetic")
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    if names:
-        figure.legend(handles, names, loc="outside lower center", ncols=3)
-    return figure
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import claim_report
 import claims
 from claim import run as claim_run
+from claim.costs_report import judge_costs
 from claim.design import SCENES, DataSet, Run, flip, full_setting, glip, smoke_setting, weighted
 from claim.masks import CHOICE_SEEDS, CONFIRMING_SEEDS, cluster_choice, schedule_choice
 from claim.plan import plan
@@ -297,15 +298,15 @@ class TestReport:
             "ceiling": dict.fromkeys(milliseconds, 4.5),
         }
         keys = claims.costs_keys("the recipe's model", FULL)
-        found = claim_report.judge_costs([keys | costs], FULL)
+        found = judge_costs([keys | costs], FULL)
         assert [cost.mask_ratio for cost in found] == [0.5, 0.75, 0.918]
         assert math.exp(found[1].speed.mean) == pytest.approx(1, abs=1e-4)
         assert math.exp(found[1].speed_ups[0].mean) == pytest.approx(4)
         assert [cost.verdict for cost in found] == [SHOWN] * 3
         heavy = costs | {"peak_mib": {name: 10.4 if "glip" in name else 10.0 for name in milliseconds}}
-        assert claim_report.judge_costs([keys | heavy], FULL)[1].verdict == CONTRADICTED
+        assert judge_costs([keys | heavy], FULL)[1].verdict == CONTRADICTED
         slow = {name: [2 * ms for ms in rounds] if "glip" in name else rounds for name, rounds in milliseconds.items()}
-        assert claim_report.judge_costs([keys | costs | {"milliseconds": slow}], FULL)[1].verdict == CONTRADICTED
+        assert judge_costs([keys | costs | {"milliseconds": slow}], FULL)[1].verdict == CONTRADICTED
 
     def test_the_pages_and_plots_show_the_records_that_lie_in_the_repository(self):
         records = read(claim_report.RECORDS)

@@ -25,6 +25,7 @@ from claim.design import CIFAR10, Choice, Claim, Row, Run, flip, full_setting, s
 from claim.judge import Judged
 from claim.masks import cluster_choice
 from claim.plan import claims, plan
+from claim.plots import plot_by_rule
 from claim.records import costs_keys, training_keys
 from claim.schedules import HalfRandom, masks_of, two_views
 from clip_intervals import difference
@@ -289,7 +290,7 @@ class TestReader:
             judged("fashion", "cluster", [4.0] * 5),
             judged("fashion", "RECLIP", [5.0, 6.0]),
         ]
-        figure = claim_report.plot_by_rule(Claim("C7", "", [], ("this mask", "FLIP")), rows)
+        figure = plot_by_rule(Claim("C7", "", [], ("this mask", "FLIP")), rows)
         names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
         drawn = {}
         for axes in figure.axes:

@@ -25,3 +25,8 @@ def combined(verdicts: Iterable[str]) -> str:
     if CONTRADICTED in found:
         return CONTRADICTED
     return SHOWN if found == {SHOWN} else NOT_SHOWN
+
+
+def in_a_sentence(word: str) -> str:
+    """Behind "the claim is"."""
+    return "not decided: not enough runs" if word == NOT_ENOUGH else word
