@@ -141,6 +141,12 @@ def tokenizer(context_length: int) -> open_clip.tokenizer.SimpleTokenizer:
     return open_clip.tokenizer.SimpleTokenizer(context_length=context_length)
 
 
+@functools.lru_cache(maxsize=4)
+def _tokens(captions: tuple[str, ...], context_length: int) -> Tensor:
+    """Once for training, tuning and all runs on the same data: 30,000 captions take 2 s."""
+    return tokenizer(context_length)(captions)
+
+
 def train(
     model: CLIP,
     data: CaptionedImages,
@@ -184,7 +190,7 @@ def train(
     num_warmup = max(1, round(config.warmup * num_steps))
     contrastive_loss = open_clip.loss.ClipLoss()
     all_images = data.images.to(config.device)
-    all_tokens = tokenizer(config.context_length)(data.captions).to(config.device)
+    all_tokens = _tokens(tuple(data.captions), config.context_length).to(config.device)
     curve_steps = curve_steps or len(loader)
     records, spent = [], 0.0
     total, hidden = num_steps * config.batch_size, None if advance is None else True
