@@ -275,11 +275,12 @@ class TestReader:
             judged("fashion", "GLIP", [4.0, 4.1, 4.2, 4.0, 4.1]),
             judged("fashion", "cluster", [9.0, 8.0]),
             judged("eurosat", "GLIP", [0.5, -0.5, 0.1, 0.2, -0.2]),
+            replace(judged("eurosat", "cluster", [2.0]), sides=(53.0, 51.0)),
             judged("eurosat", "GLIP", [7.0] * 5, stage="masked"),
         ]
         table = claim_reader.which_table(rows)
         assert "| products on white (fashion) | 0.75 | 50.0 | **+4.1 ± 0.1** | +8.5 (2 seeds) |" in table
-        assert "| land from above (EuroSAT) | 0.75 | 50.0 | +0.0 ± 0.5 | – |" in table
+        assert "| land from above (EuroSAT) | 0.75 | 50.0 | +0.0 ± 0.5 | +2.0 (1 seed) |" in table
         assert "7.0" not in table
 
     def test_the_plot_names_its_points_where_not_all_masks_were_run(self):

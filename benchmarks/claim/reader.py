@@ -26,16 +26,19 @@ FIRST_MODEL, FIRST_RATIO = "vit_base_patch16_224", 0.75
 def which_table(judged: Sequence[Judged], stage: str = "tuned") -> str:
     """A row per set and ratio: FLIP's accuracy, and every mask's difference to it, bold where that is shown."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
+    seeds: dict[tuple[str, str], int] = {}
     for row in judged:
         labels = row.row.labels
         if labels["stage"] != stage or row.found is None or row.sides is None:
             continue
-        cells = rows.setdefault((labels["data"], labels["ratio"]), {})
+        place = labels["data"], labels["ratio"]
+        cells = rows.setdefault(place, {})
         cells |= {"images": _kind(labels["data"]), "dropped": labels["ratio"]}
-        cells["FLIP"] = f"{row.sides[1]:.1f}"
+        if row.found.n > seeds.get(place, 0):  # a mask with few seeds tells little of FLIP
+            cells["FLIP"], seeds[place] = f"{row.sides[1]:.1f}", row.found.n
         mark = "**" if row.verdict in (SHOWN, CONTRADICTED) else ""
-        few = row.verdict == NOT_ENOUGH
-        spread = f" ({row.found.n} seeds)" if few else f" ± {row.found.high - row.found.mean:.1f}"
+        few = f" ({row.found.n} seed{'s' * (row.found.n > 1)})"
+        spread = few if row.verdict == NOT_ENOUGH else f" ± {row.found.high - row.found.mean:.1f}"
         cells[labels["mask"]] = f"{mark}{row.found.mean:+.1f}{spread}{mark}"
     if not rows:
         return "Not run yet."
