@@ -112,8 +112,9 @@ def all_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
     summary = {claim.name: summary_row(claim, judged[claim.name]) for claim in decided}
     summary[COSTS.name] = costs_summary_row(records, setting)
     texts["claims-summary"] = markdown(pd.DataFrame([summary[name] for name in sorted(summary)]))
-    texts["claims-which"] = which_table([*judged["C7"], *judged["C7 ratios"]])
-    texts["which-mask"] = which_sentence(judged["C7"])
+    by_rule = [row for name in BY_RULE for row in judged[name]]
+    texts["claims-which"] = which_table(by_rule)
+    texts["which-mask"] = which_sentence(by_rule)
     texts["claims-compute"] = compute_table(judged["C0"], curves(records, setting, results))
     texts["claims-origin"] = origin(records)
     return texts

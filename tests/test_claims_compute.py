@@ -257,18 +257,31 @@ def judged(data, mask, points, *, ratio="0.75", stage="tuned"):
 
 
 class TestReader:
-    def test_the_sentence_names_the_best_mask_of_each_kind_of_images(self):
+    def test_the_sentence_names_the_best_mask_of_each_kind_of_images_and_where_it_is_ahead(self):
         rows = [
             judged("fashion", "GLIP", [4.0, 4.1, 4.2, 4.0, 4.1]),
             judged("fashion", "cluster", [9.0, 8.0, 8.5, 9.5, 9.0]),
             judged("eurosat", "GLIP", [0.5, -0.5, 0.1, 0.2, -0.2]),
         ]
         said = claim_reader.which_sentence(rows)
-        assert "; `ClusterPatchDropout` was +8.8 [+8.1, +9.5] points ahead on products on white (fashion)" in said
+        assert "; on products on white (fashion), `ClusterPatchDropout` was ahead, by +8.8 [+8.1, +9.5] points" in said
+        assert "at ratio 0.75; no mask was ahead of random on the other 1 kind of images." in said
         assert "GLIP" not in said
-        assert "ahead of random on the other 1 kind of images" in said
         assert "depends on the images" in claim_reader.which_sentence([])
         assert "no other mask was ahead" in claim_reader.which_sentence(rows[2:])
+        others = [
+            judged("fashion", "GLIP", [20.0, 20.1, 20.2, 20.0, 20.1], ratio="0.918"),
+            judged("fashion", "cluster", [7.0, 6.0, 6.5, 7.5, 7.0], ratio="0.5"),
+            judged("fashion", "cluster", [7.0, 6.0], ratio="0.918"),
+        ]
+        said = claim_reader.which_sentence([*rows, *others])
+        assert "was ahead, by +6.8 [+6.1, +7.5] points at ratio 0.5 and +8.8 [+8.1, +9.5] points at ratio 0.75;" in said
+        assert "0.918" not in said
+        only_there = judged("eurosat", "GLIP", [2.0, 2.1, 2.2, 2.0, 2.1], ratio="0.918")
+        assert "on land from above (EuroSAT), `GaussianPatchDropout` was ahead, by +2.1" in claim_reader.which_sentence(
+            [*rows, only_there]
+        )
+        assert "depends on the images" in claim_reader.which_sentence([only_there])
 
     def test_the_table_marks_what_is_shown_and_says_where_seeds_are_few(self):
         rows = [

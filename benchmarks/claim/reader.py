@@ -57,28 +57,31 @@ IN_CODE = {
 
 
 def which_sentence(judged: Sequence[Judged]) -> str:
-    """Which mask to take, as far as the tuned rows at one ratio show it, of sets where all masks have been run."""
-    rows = [row for row in judged if row.row.labels["stage"] == "tuned" and row.row.labels["ratio"] == f"{RATIO:g}"]
+    """Which mask to take, as far as the tuned rows show it, of sets where all masks have been run at `RATIO`: on each
+    kind of images the one that is furthest ahead there, with every ratio at which it is ahead."""
+    rows = [row for row in judged if row.row.labels["stage"] == "tuned"]
     begin = "**Which mask?** Begin with random patches (`RandomPatchDropout`)"
-    left = {row.row.labels["data"] for row in rows if row.verdict == NOT_ENOUGH}
-    tested = [data for data in dict.fromkeys(row.row.labels["data"] for row in rows) if data not in left]
+    at_first = [row for row in rows if row.row.labels["ratio"] == f"{RATIO:g}"]
+    left = {row.row.labels["data"] for row in at_first if row.verdict == NOT_ENOUGH}
+    tested = [data for data in dict.fromkeys(row.row.labels["data"] for row in at_first) if data not in left]
     if not tested:
         return f"{begin}; how the others do depends on the images."
     found = []
     for data in tested:
         ahead = [row for row in rows if row.row.labels["data"] == data and row.verdict == SHOWN and row.found]
         if ahead:
-            best = max(ahead, key=lambda row: row.found.mean if row.found else 0.0)
+            best = max(ahead, key=lambda row: (row in at_first, row.found.mean if row.found else 0.0))
             mask = best.row.labels["mask"]
-            found.append(f"{IN_CODE.get(mask, mask)} was {interval(best.found, 1)} points ahead on {_kind(data)}")
+            leads = {float(row.row.labels["ratio"]): row.found for row in ahead if row.row.labels["mask"] == mask}
+            said = " and ".join(f"{interval(leads[ratio], 1)} points at ratio {ratio:g}" for ratio in sorted(leads))
+            found.append(f"on {_kind(data)}, {IN_CODE.get(mask, mask)} was ahead, by {said}")
     others = len(tested) - len(found)
-    said = "; ".join(found)
     if not found:
         everywhere = ", ".join(_kind(data) for data in tested)
         return f"{begin}: on {everywhere} no other mask was ahead of them by more than chance explains."
     kinds = "kind" if others == 1 else "kinds"
-    level = f", and no mask was ahead of random on the other {others} {kinds} of images" if others else ""
-    return f"{begin}; {said}{level}."
+    level = f"; no mask was ahead of random on the other {others} {kinds} of images" if others else ""
+    return f"{begin}; {'; '.join(found)}{level}."
 
 
 def compute_table(judged: Sequence[Judged], curves: Mapping[str, Mapping[str, Mapping[int, Curve]]]) -> str:
