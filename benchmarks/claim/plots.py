@@ -73,7 +73,8 @@ def plot_by_rule(claim: Claim, judged: Sequence[Judged]) -> Figure:
                 axes.errorbar(row.found.mean, place, xerr=shown, fmt="o", color="C0" if shown else GREY, capsize=2)
         axes.axvline(0, color=GREY, linewidth=0.8)
         axes.set_title(f"{NAMES.get(data, data)}\n{ratio} dropped", fontsize="small")
-    grid[0, 0].set_yticks(range(len(masks)), masks, fontsize="small")  # of all panels, which share them
+        axes.tick_params(axis="y", labelsize="small")
+    grid[0, 0].set_yticks(range(len(masks)), masks)  # of all panels, which share them
     grid[0, 0].invert_yaxis()
     figure.supxlabel(f"{claim.sides[0]} − {claim.sides[1]}, points after the tuning", fontsize="small")
     return figure
