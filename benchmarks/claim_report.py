@@ -38,6 +38,7 @@ RECORDS = ROOT / "benchmarks" / "results" / "claims.jsonl"
 PAGES = (ROOT / "docs" / "claims.md", ROOT / "docs" / "claims-details.md", ROOT / "README.md")
 PLOTS = ROOT / "docs" / "claims"
 BY_RULE = ("C7", "C7 ratios")  # claims whose rows are every mask on every set
+TOP5 = "C7 top-5"
 CURVES = "C0 curves"
 LARGER = "-gpu"  # behind the names of texts and plots of the larger scale
 OF_THE_LARGER = ("claims-compute", "claims-which", "claims-C0", "claims-C0-rates", "claims-C7")  # texts that pages show
@@ -132,6 +133,8 @@ def claim_text(claim: Claim, judged: Sequence[Judged]) -> str:
         return "Not run yet."
     if claim.name in BY_RULE:
         return "\n\n".join(f"*{stage}*\n\n{which_table(judged, stage)}" for stage in ("tuned", "unmasked", "masked"))
+    if claim.name == TOP5:
+        return which_table(judged)
     primary = [row for row in judged if row.row.primary]
     is_choice = claim.seeds is not None and not primary
     listed = [row for row in judged if row.found or not is_choice]  # of a choice, what has been tried
@@ -210,7 +213,8 @@ def draw_plots(records: Sequence[Record], setting: Setting) -> dict[str, Figure]
     for claim in claims(setting, results):
         judged = judge(claim, results)
         if any(row.found for row in judged):
-            figures[claim.name] = plot_by_rule(claim, judged) if claim.name in BY_RULE else plot(claim, judged)
+            by_rule = claim.name in (*BY_RULE, TOP5)
+            figures[claim.name] = plot_by_rule(claim, judged) if by_rule else plot(claim, judged)
     if found := curves(records, setting, results):
         figures[CURVES] = plot_curves(found)
     figures[COSTS.name] = plot_costs(judge_costs(records, setting))

@@ -431,7 +431,7 @@ class TestCommand:
     def test_a_name_takes_the_parts_of_a_claim_and_sets_are_left_out(self, tmp_path):
         config = claims.Config(smoke=True, output=tmp_path, only=("C7",), sets=("eurosat",), minutes=0)
         assert {claim.name for claim in claims._wanted(config, SETTING, [])} == {
-            "C7", "C7 cluster", "C7 schedules", "C7 best", "C7 retrieval", "C7 ratios"
+            "C7", "C7 cluster", "C7 schedules", "C7 best", "C7 retrieval", "C7 ratios", "C7 top-5"
         }  # fmt: skip
         assert {run.data for run in claims._needed(config, SETTING, [], (0,))} == {"eurosat"}
         assert claims._belongs("C6", "C6")
