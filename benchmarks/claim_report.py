@@ -37,8 +37,7 @@ ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "claims.jsonl"
 PAGES = (ROOT / "docs" / "claims.md", ROOT / "docs" / "claims-details.md", ROOT / "README.md")
 PLOTS = ROOT / "docs" / "claims"
-BY_RULE = ("C7", "C7 ratios")  # claims whose rows are every mask on every set
-TOP5 = "C7 top-5"
+BY_RULE = ("C7", "C7 ratios", "C7 top-5")  # claims whose rows are every mask on every set
 CURVES = "C0 curves"
 LARGER = "-gpu"  # behind the names of texts and plots of the larger scale
 OF_THE_LARGER = ("claims-compute", "claims-which", "claims-C0", "claims-C0-rates", "claims-C7")  # texts that pages show
@@ -113,9 +112,9 @@ def all_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
     summary = {claim.name: summary_row(claim, judged[claim.name]) for claim in decided}
     summary[COSTS.name] = costs_summary_row(records, setting)
     texts["claims-summary"] = markdown(pd.DataFrame([summary[name] for name in sorted(summary)]))
-    by_rule = [row for name in BY_RULE for row in judged[name]]
-    texts["claims-which"] = which_table(by_rule)
-    texts["which-mask"] = which_sentence(by_rule)
+    by_top1 = [*judged["C7"], *judged["C7 ratios"]]
+    texts["claims-which"] = which_table(by_top1)
+    texts["which-mask"] = which_sentence(by_top1)
     texts["claims-compute"] = compute_table(judged["C0"], curves(records, setting, results))
     texts["claims-origin"] = origin(records)
     return texts
@@ -132,9 +131,8 @@ def claim_text(claim: Claim, judged: Sequence[Judged]) -> str:
     if not any(row.found for row in judged):
         return "Not run yet."
     if claim.name in BY_RULE:
-        return "\n\n".join(f"*{stage}*\n\n{which_table(judged, stage)}" for stage in ("tuned", "unmasked", "masked"))
-    if claim.name == TOP5:
-        return which_table(judged)
+        stages = dict.fromkeys(row.row.labels["stage"] for row in judged)
+        return "\n\n".join(f"*{stage}*\n\n{which_table(judged, stage)}" for stage in stages)
     primary = [row for row in judged if row.row.primary]
     is_choice = claim.seeds is not None and not primary
     listed = [row for row in judged if row.found or not is_choice]  # of a choice, what has been tried
@@ -213,8 +211,7 @@ def draw_plots(records: Sequence[Record], setting: Setting) -> dict[str, Figure]
     for claim in claims(setting, results):
         judged = judge(claim, results)
         if any(row.found for row in judged):
-            by_rule = claim.name in (*BY_RULE, TOP5)
-            figures[claim.name] = plot_by_rule(claim, judged) if by_rule else plot(claim, judged)
+            figures[claim.name] = plot_by_rule(claim, judged) if claim.name in BY_RULE else plot(claim, judged)
     if found := curves(records, setting, results):
         figures[CURVES] = plot_curves(found)
     figures[COSTS.name] = plot_costs(judge_costs(records, setting))

@@ -449,6 +449,13 @@ class TestCommand:
         for runs in (grids, gaussians, random):
             assert {(run.mask_ratio, run.seed) for run in runs} == wanted
 
+    def test_top_5_is_of_the_runs_that_top_1_is_of(self):
+        by_name = {claim.name: claim for claim in known(FULL, settled(FULL))}
+        top1 = [row for name in ("C7", "C7 ratios") for row in by_name[name].rows if row.labels["stage"] == "tuned"]
+        top5 = by_name["C7 top-5"].rows
+        assert [(row.labels, row.pairs) for row in top5] == [(row.labels, row.pairs) for row in top1]
+        assert {figure.rpartition(".")[2] for row in top5 for figure in row.figures} == {"top5"}
+
     def test_the_larger_scale_has_the_same_plan_but_its_choices_of_masks_and_its_own_records(self, capsys, tmp_path):
         claims.main(claims.Config(data=tmp_path, plan=True, output=tmp_path, scale="gpu"))
         assert "| C0 rates " in capsys.readouterr().out
