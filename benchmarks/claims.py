@@ -185,7 +185,7 @@ def _wanted(config: Config, setting: Setting, records: Sequence[Record]) -> list
     masks = sorted({row.mask for claim in wanted for row in claim.rows if row.mask is not None})
     for name in config.masks:
         if name not in masks:
-            raise UserError(f"masks must be of {', '.join(masks) or 'none, for no row here has one'}, got {name!r}")
+            raise UserError(f"masks must be of {'; '.join(masks) or 'none, for no row here has one'}, got {name!r}")
     return [replace(claim, rows=[row for row in claim.rows if row.mask in config.masks]) for claim in wanted]
 
 
