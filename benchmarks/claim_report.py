@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "claims.jsonl"
 PAGES = (ROOT / "docs" / "claims.md", ROOT / "docs" / "claims-details.md", ROOT / "README.md")
 PLOTS = ROOT / "docs" / "claims"
-BY_RULE = ("C7", "C7 ratios", "C7 top-5")  # claims whose rows are every mask on every set
+BY_RULE = ("C7", "C7 ratios", "C7 top-5", "C7 by class")  # claims whose rows are every mask on every set
 CURVES = "C0 curves"
 LARGER = "-gpu"  # behind the names of texts and plots of the larger scale
 OF_THE_LARGER = ("claims-compute", "claims-which", "claims-C0", "claims-C0-rates", "claims-C7")  # texts that pages show
@@ -63,12 +63,12 @@ def main(records: Path = RECORDS, output: Path | None = None) -> None:
 
 
 def page_texts(records: Sequence[Record]) -> dict[str, str]:
-    """What the repository's pages show: `all_texts`, and some of them at the larger scale, with `LARGER` behind."""
+    """What the repository's pages show: `scale_texts`, and some of them at the larger scale, with `LARGER` behind."""
     small, large = full_setting("cpu"), full_setting("gpu")
-    larger = all_texts(records, large)
+    larger = scale_texts(records, large)
     both = [judge_all(records, setting)["C0"] for setting in (small, large)]
     return {
-        **all_texts(records, small),
+        **scale_texts(records, small),
         **{f"{name}{LARGER}": larger[name] for name in OF_THE_LARGER},
         "first-numbers": first_numbers(*both),
     }
@@ -82,7 +82,7 @@ def shown_on_pages() -> set[str]:
 
 def save_report(records: Sequence[Record], setting: Setting, folder: Path) -> None:
     """Write claims.md, a page with everything, and the plots."""
-    texts = all_texts(records, setting)
+    texts = scale_texts(records, setting)
     heads = ("claims-summary", "claims-which", "claims-compute", "claims-origin")
     parts = ["\n\n".join(["# The claims", *(texts[name] for name in heads)])]
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,9 +99,9 @@ def key(claim: Claim) -> str:
     return f"claims-{claim.name.replace(' ', '-')}"
 
 
-def all_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
-    """By name: a text for every claim; `claims-which`, `claims-compute` and `claims-summary` of the page for readers;
-    `which-mask` of the README; and `claims-origin`.
+def scale_texts(records: Sequence[Record], setting: Setting) -> dict[str, str]:
+    """At one scale, by name: a text for every claim; `claims-which`, `claims-compute` and `claims-summary` of the page
+    for readers; `which-mask` of the README; and `claims-origin`.
     """
     results = results_by_run(records, setting)
     every = claims(setting, results)

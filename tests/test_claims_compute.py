@@ -88,7 +88,7 @@ class TestChoice:
                 if run.data == "cifar10" or run.seed in (20, 21, 22):
                     results[run] = dict.fromkeys(figures, 60.0 if run.method == "flip" else 50.0) | {"passes": 1.0}
         records = [training_keys(run, FULL) | {"results": found} | CIRCUMSTANCES for run, found in results.items()]
-        texts = claim_report.all_texts(records, FULL)
+        texts = claim_report.scale_texts(records, FULL)
         assert "**C0 is not decided: not enough runs.** cifar10, FLIP: +10.00" in texts["claims-C0"]
         assert "| **not enough runs** | C0 " in texts["claims-summary"]
 
