@@ -208,6 +208,10 @@ def evaluate(encoder: Encoder, data: EvaluationData, *, masked: bool) -> dict[st
 def zero_shot(encoder: Encoder, data: CaptionedImages, *, masked: bool = False) -> dict[str, float]:
     """Share of the images, in percent, whose class is the first guess (`top1`), or among the first five (`top5`).
 
+    `mean_per_class_recall` is the share of first guesses too, of every class by itself, and then the mean over the
+    classes: where some have many more images than others, `top1` is mostly about those, and who names the largest for
+    every image is right as often as it comes.
+
     Args:
         masked: drop patches as in training (the papers' "inference" column); otherwise the model sees whole images.
     """
@@ -217,7 +221,13 @@ def zero_shot(encoder: Encoder, data: CaptionedImages, *, masked: bool = False) 
         classifier = encoder.classifier(data.classnames, data.templates)
         guesses = (encoder.images(data.images) @ classifier).topk(min(5, classifier.shape[1]), dim=1).indices.cpu()
     hits = guesses == data.labels[:, None]
-    return {"top1": _percent(hits[:, 0]), "top5": _percent(hits.any(dim=1))}
+    images = data.labels.bincount()
+    of_class = data.labels.bincount(hits[:, 0].double())[images > 0] / images[images > 0]
+    return {
+        "top1": _percent(hits[:, 0]),
+        "top5": _percent(hits.any(dim=1)),
+        "mean_per_class_recall": _percent(of_class),
+    }
 
 
 def imagenet_zero_shot(encoder: Encoder, data: ImageNet, *, masked: bool = False) -> dict[str, float]:

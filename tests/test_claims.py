@@ -239,6 +239,8 @@ class TestRecords:
         run = flip("cifar10")
         assert results_by_run([record(run, replace(FULL, **change), a=1.0)], FULL) == {}
         assert results_by_run([record(run, FULL, a=1.0)], FULL) == {run: {"a": 1.0}}
+        repeated = [record(run, FULL, a=1.0), record(run, FULL, a=2.0, b=3.0)]
+        assert results_by_run(repeated, FULL) == {run: {"a": 1.0, "b": 3.0}}
 
     def test_records_of_other_data_are_left_alone(self):
         cifar_only = full_setting("cpu", (DataSet("cifar10", 32),))
@@ -431,7 +433,8 @@ class TestCommand:
     def test_a_name_takes_the_parts_of_a_claim_and_sets_are_left_out(self, tmp_path):
         config = claims.Config(smoke=True, output=tmp_path, only=("C7",), sets=("eurosat",), minutes=0)
         assert {claim.name for claim in claims._wanted(config, SETTING, [])} == {
-            "C7", "C7 cluster", "C7 schedules", "C7 best", "C7 retrieval", "C7 ratios", "C7 top-5"
+            "C7", "C7 cluster", "C7 schedules", "C7 best", "C7 retrieval", "C7 ratios", "C7 top-5",
+            "C7 by class"
         }  # fmt: skip
         assert {run.data for run in claims._needed(config, SETTING, [], (0,))} == {"eurosat"}
         assert claims._belongs("C6", "C6")
@@ -455,6 +458,13 @@ class TestCommand:
         top5 = by_name["C7 top-5"].rows
         assert [(row.labels, row.pairs) for row in top5] == [(row.labels, row.pairs) for row in top1]
         assert {figure.rpartition(".")[2] for row in top5 for figure in row.figures} == {"top5"}
+
+    def test_by_class_is_of_the_runs_on_the_set_with_uneven_classes(self):
+        by_name = {claim.name: claim for claim in known(FULL, settled(FULL))}
+        rows = by_name["C7 by class"].rows
+        top5 = [row for row in by_name["C7 top-5"].rows if row.labels["data"] == "fashion"]
+        assert [(row.labels, row.pairs) for row in rows] == [(row.labels, row.pairs) for row in top5]
+        assert {tuple(row.figures) for row in rows} == {("tuned.test.mean_per_class_recall",)}
 
     def test_the_larger_scale_has_the_same_plan_but_its_choices_of_masks_and_its_own_records(self, capsys, tmp_path):
         claims.main(claims.Config(data=tmp_path, plan=True, output=tmp_path, scale="gpu"))

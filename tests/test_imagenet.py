@@ -141,7 +141,8 @@ class TestFigures:
         whole = clip_data.CaptionedImages(images, [""] * len(data), data.labels, data.classnames, data.templates)
         judge = encoder(place, tokenize)
         found = clip_evaluation.imagenet_zero_shot(judge, data)
-        assert found == pytest.approx(clip_evaluation.zero_shot(judge, whole))
+        expected = clip_evaluation.zero_shot(judge, whole)
+        assert found == pytest.approx({name: expected[name] for name in ("top1", "top5")})
         assert len(data.templates) == 7
 
     def test_two_processes_and_their_workers_find_what_one_finds(self, place, tmp_path, tokenize):

@@ -163,6 +163,7 @@ class DataSet:
         template: prompt of the zero-shot classifier, with `{}` for the name of the class.
         retrieval: whether captions are so many that images can be found by them.
         context_length: of the captions, if the recipe's is too short.
+        uneven: whether some classes have many more images than others, so that top-1 is mostly about those.
     """
 
     name: str
@@ -171,6 +172,7 @@ class DataSet:
     template: str = "a photo of a {}."
     retrieval: bool = False
     context_length: int | None = None
+    uneven: bool = False
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ class Setting:
 
 CIFAR10 = DataSet("cifar10", 32)
 TINY_IMAGENET = DataSet("tiny-imagenet", 64, ("val", "val-centred", "val-offcentre"))
-FASHION = DataSet("fashion", 64, template="{}", retrieval=True)
+FASHION = DataSet("fashion", 64, template="{}", retrieval=True, uneven=True)
 EUROSAT = DataSet("eurosat", 64, template="a satellite photo of {}.")
 FLICKR8K = DataSet("flickr8k", 64, retrieval=True, context_length=32)
 RSICD = DataSet("rsicd", 96, retrieval=True, context_length=32)

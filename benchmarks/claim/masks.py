@@ -5,7 +5,7 @@ masks that change, chosen on Tiny-ImageNet   -> the best one on the other sets, 
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from claim.design import (
@@ -48,6 +48,9 @@ def masks_claims(setting: Setting, results: Results) -> list[Claim]:
         waits=not confirmed,
     )
     first, others = (list(_rules(setting, cluster, ratios)) for ratios in (RATIOS_IN_TURN[:1], RATIOS_IN_TURN[1:]))
+    top5 = _tuned_by("top5", [*first, *others])
+    uneven = {data.name for data in setting.every_class_set if data.uneven}
+    by_class = _tuned_by("mean_per_class_recall", [row for row in (*first, *others) if row.labels["data"] in uneven])
     choices = (
         ("C7 cluster", "Settings of the cluster mask, chosen on one set", cluster_choice(setting)),
         ("C7 schedules", "Masks that change while the model trains", schedule_choice(setting)),
@@ -58,7 +61,8 @@ def masks_claims(setting: Setting, results: Results) -> list[Claim]:
         best,
         Claim("C7 retrieval", "Which mask, where captions are long", list(_retrieval(setting, cluster)), SIDES),
         Claim("C7 ratios", "Which mask, at other ratios", others, SIDES),
-        Claim("C7 top-5", "Which mask, by the five likeliest classes", list(_top5(setting, cluster)), SIDES),
+        Claim("C7 top-5", "Which mask, by the five likeliest classes", top5, SIDES),
+        Claim("C7 by class", "Which mask, where every class counts the same", by_class, SIDES),
     ]
 
 
@@ -117,11 +121,10 @@ def _rules(setting: Setting, cluster: Run | None, ratios: tuple[float, ...]) -> 
             )
 
 
-def _top5(setting: Setting, cluster: Run | None) -> Iterator[Row]:
-    """Of the same runs: where one class has a fifth of the images, as on fashion, it says more than the likeliest."""
-    for row in _rules(setting, cluster, RATIOS_IN_TURN):
-        if row.labels["stage"] == "tuned":
-            yield replace(row, figures=[figure.replace(".top1", ".top5") for figure in row.figures])
+def _tuned_by(measure: str, rows: Sequence[Row]) -> list[Row]:
+    """The tuned rows, by another measure than top-1."""
+    tuned = [row for row in rows if row.labels["stage"] == "tuned"]
+    return [replace(row, figures=[figure.replace(".top1", f".{measure}") for figure in row.figures]) for row in tuned]
 
 
 def _confirmed(setting: Setting, schedule: Run | None) -> Iterator[Row]:

@@ -29,16 +29,23 @@ def write(file: Path, records: Sequence[Record]) -> None:
 
 
 def results_by_run(records: Sequence[Record], setting: Setting) -> dict[Run, dict[str, float]]:
-    """The figures of every training with this setting; records of other recipes and other data are left out."""
+    """The figures of every training with this setting; records of other recipes and other data are left out.
+
+    Of a training that was repeated, for a figure that it lacked, the others stay what they were.
+    """
     found: dict[Run, dict[str, float]] = {}
     for run, record in of_setting(records, setting):
-        found.setdefault(run, {}).update(record["results"])
+        found[run] = record["results"] | found.get(run, {})
     return found
 
 
 def curves_by_run(records: Sequence[Record], setting: Setting) -> dict[Run, dict[str, list[float]]]:
     """The curves of those trainings that have one, see `claim.run.Outcome`."""
-    return {run: record["curve"] for run, record in of_setting(records, setting) if "curve" in record}
+    found: dict[Run, dict[str, list[float]]] = {}
+    for run, record in of_setting(records, setting):
+        if "curve" in record:
+            found.setdefault(run, record["curve"])
+    return found
 
 
 def of_setting(records: Sequence[Record], setting: Setting) -> Iterator[tuple[Run, Record]]:

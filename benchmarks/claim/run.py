@@ -2,7 +2,8 @@
 
 A figure is called `stage.split.measure`. Stages: `masked` (after training, on masked images; for reclip, on small
 images), `unmasked` (after training, on whole images) and `tuned` (after the unmasked tuning). Measures, in percent:
-`top1` and `top5` of the zero-shot classification, `probe` of the linear probe, and retrieval's recalls.
+`top1`, `top5` and `mean_per_class_recall` of the zero-shot classification, `probe` of the linear probe, and retrieval's
+recalls.
 """
 
 import functools
