@@ -63,8 +63,12 @@ def reference_of(results: pd.DataFrame) -> str:
 # Advice
 
 
-def advice(results: pd.DataFrame) -> str:
-    """Which mask to take on these images, and whether it pays, as far as the runs can show it."""
+def advice(results: pd.DataFrame, blind: float = 0.0) -> str:
+    """Which mask to take on these images, and whether it pays, as far as the runs can show it.
+
+    Args:
+        blind: what can be had without looking at the images, in percent.
+    """
     if results["method"].nunique() < 2:
         return "One method alone: nothing to compare it with."
     if results["seed"].nunique() < 2:
@@ -74,6 +78,12 @@ def advice(results: pd.DataFrame) -> str:
     taken, sentences = _which_mask(masks, reference) if masks else (reference, [])
     if UNMASKED in set(results["method"]) - {reference}:
         sentences.append(_does_it_pay(taken, differences(results, UNMASKED)[taken]))
+    means = results.groupby("method", sort=False)[last_column(results)].mean()
+    if poor := ", ".join(f"{method} ({mean:.1f})" for method, mean in means.items() if mean <= blind):
+        sentences.append(
+            f"But {blind:.1f} % can be had without looking at the images, and these have no more: {poor}. Longer runs, "
+            "which learn more, tell more."
+        )
     return " ".join(sentences)
 
 

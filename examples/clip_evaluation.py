@@ -294,14 +294,45 @@ def retrieval(encoder: Encoder, data: CaptionedImages, *, masked: bool = False) 
 
 @dataclass(frozen=True)
 class Score:
-    """One figure in percent that tells how good a model is on some data: `of(encoder, data, masked=...)`."""
+    """One figure in percent that tells how good a model is on some data.
+
+    Args:
+        of: a model's: `of(encoder, data, masked=...)`.
+        blind: what can be had without looking at the images: `blind(data)`.
+    """
 
     name: str
     of: Callable[..., float]
+    blind: Callable[[CaptionedImages], float]
 
 
-TOP1 = Score("top-1", lambda encoder, data, masked=False: zero_shot(encoder, data, masked=masked)["top1"])
-MEAN_RECALL = Score("mean recall", lambda *args, **more: statistics.fmean(retrieval(*args, **more).values()))
+def share_of_the_largest_class(data: CaptionedImages) -> float:
+    """The top-1 of who names that class for every image, in percent."""
+    if data.labels is None:
+        raise ValueError("data has no labels")
+    return 100 * data.labels.bincount().max().item() / len(data)
+
+
+def recall_by_chance(data: CaptionedImages) -> float:
+    """The mean of retrieval's six recalls, in percent, that a ranking at random has on average."""
+    counts = [len(captions) for captions in data.all_captions] or [1] * len(data.captions)
+    found = []
+    for k in RECALLS:
+        of_captions, of_images = min(k, sum(counts)), min(k, len(counts))
+        ways = math.comb(sum(counts), of_captions)
+        found.append(1 - statistics.fmean(math.comb(sum(counts) - own, of_captions) / ways for own in counts))
+        found.append(of_images / len(counts))
+    return 100 * statistics.fmean(found)
+
+
+TOP1 = Score(
+    "top-1",
+    lambda encoder, data, masked=False: zero_shot(encoder, data, masked=masked)["top1"],
+    share_of_the_largest_class,
+)
+MEAN_RECALL = Score(
+    "mean recall", lambda *args, **more: statistics.fmean(retrieval(*args, **more).values()), recall_by_chance
+)
 
 
 def score_for(data: CaptionedImages) -> Score:

@@ -86,6 +86,33 @@ def test_advice_says_what_the_runs_show_and_no_more(scores, said, column):
     assert ("nearest" in text) == any("nearest" in part for part in said)
 
 
+def test_advice_names_the_methods_that_have_learnt_less_than_can_be_guessed():
+    results = results_of(clip=above(-9), flip=STEADY, glip=above(3))
+    assert "without looking" not in comparison.advice(results, blind=40.9)
+    said = comparison.advice(results, blind=50.0)
+    assert "50.0 % can be had without looking at the images, and these have no more: clip (41.0), flip (50.0)." in said
+
+
+def test_what_can_be_had_without_looking_is_what_those_have_who_do_not_look():
+    labels = torch.tensor([0, 0, 0, 1, 2])
+    data = CaptionedImages(SCENES.images[:5], SCENES.captions[:5], labels, SCENES.classnames)
+    assert TOP1.blind(data) == 60
+    several = replace(data, all_captions=[["a"], ["b"] * 2, ["c"] * 5, ["d"] * 3, ["e"]])
+
+    class Blind(torch.nn.Module):
+        """Features at random."""
+
+        def encode_image(self, images, normalize):
+            return torch.randn(len(images), 8)
+
+        encode_text = encode_image
+
+    encoder = clip_training.make_encoder(Blind(), TINY)
+    for some in (data, several):
+        found = [MEAN_RECALL.of(replace(encoder, seed=seed), some) for seed in range(500)]
+        assert MEAN_RECALL.blind(some) == pytest.approx(np.mean(found), abs=3 * np.std(found) / len(found) ** 0.5)
+
+
 def test_the_table_has_a_row_per_method():
     rows = comparison.table(results_of(clip=above(-9), flip=STEADY, glip=above(3)))
     assert list(rows.index) == ["clip", "flip", "glip"]
