@@ -320,14 +320,15 @@ def describe(
     sets: Sequence[str] = (),
 ) -> str:
     """The plan: how many runs each claim adds to those before it, how many of them are left, and for how long."""
-    planned: dict[Run, set[str]] = {}
+    planned, all_left = set[Run](), set[Run]()
     rows = []
     for claim in wanted:
-        added = {run: figures for run, figures in _on(sets, plan([claim], seeds)).items() if run not in planned}
-        planned |= added
-        left = pending(added, setting, records)
+        needed = _on(sets, plan([claim], seeds))
+        left = pending(needed, setting, records).keys() - all_left  # also runs of before that lack a figure of this one
         hours = sum(work(run, setting) for run in left) / speed(records, setting) / 3600
-        rows.append([claim.name, claim.title, len(added), len(left), hours])
+        rows.append([claim.name, claim.title, len(needed.keys() - planned), len(left), hours])
+        planned |= needed.keys()
+        all_left |= left
     table = pd.DataFrame(rows, columns=["claim", "about", "runs", "left", "hours left"])
     after = "with one core per run; claims whose settings are chosen first grow when they are"
     table.loc[len(table)] = ["all", after, *table[["runs", "left", "hours left"]].sum()]

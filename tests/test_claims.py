@@ -23,7 +23,7 @@ import claim_report
 import claims
 from claim import run as claim_run
 from claim.costs_report import judge_costs
-from claim.design import SCENES, DataSet, Run, flip, full_setting, glip, smoke_setting, weighted
+from claim.design import SCENES, Claim, DataSet, Row, Run, flip, full_setting, glip, smoke_setting, weighted
 from claim.masks import CHOICE_SEEDS, CONFIRMING_SEEDS, cluster_choice, schedule_choice
 from claim.plan import plan
 from claim.records import pending, read, results_by_run, training_keys, write
@@ -429,6 +429,13 @@ class TestCommand:
         assert next(line for line in lines if line.startswith("| all")).split("|")[3].strip() == str(
             len(plan(known(FULL), range(5)))
         )
+
+    def test_the_plan_counts_a_run_once_and_again_where_a_claim_lacks_a_figure_of_it(self):
+        pair = glip("cifar10"), flip("cifar10")
+        of = [Claim(figure, "title", [Row({}, [pair], [figure])]) for figure in ("a", "b", "c")]
+        done = [record(run, a=1.0) for run in pair]
+        lines = claims.describe(of, FULL, (0,), done).splitlines()[2:]
+        assert [[int(cell) for cell in line.split("|")[3:5]] for line in lines] == [[2, 0], [0, 2], [0, 0], [2, 2]]
 
     def test_a_name_takes_the_parts_of_a_claim_and_sets_are_left_out(self, tmp_path):
         config = claims.Config(smoke=True, output=tmp_path, only=("C7",), sets=("eurosat",), minutes=0)
