@@ -291,7 +291,7 @@ class TestReader:
             replace(judged("eurosat", "cluster", [2.0]), sides=(53.0, 51.0)),
             judged("eurosat", "GLIP", [7.0] * 5, stage="masked"),
         ]
-        table = claim_reader.which_table(rows)
+        table = claim_reader.which_table(rows).replace("\N{NO-BREAK SPACE}", " ")
         assert "| products on white (fashion) | 0.75 | 50.0 | **+4.1 ± 0.1** | +8.5 (2 seeds) |" in table
         assert "| land from above (EuroSAT) | 0.75 | 50.0 | +0.0 ± 0.5 | +2.0 (1 seed) |" in table
         assert "7.0" not in table

@@ -38,7 +38,7 @@ def which_table(judged: Sequence[Judged], stage: str = "tuned") -> str:
             cells["FLIP"], seeds[place] = f"{row.sides[1]:.1f}", row.found.n
         mark = "**" if row.verdict in (SHOWN, CONTRADICTED) else ""
         few = f" ({row.found.n} seed{'s' * (row.found.n > 1)})"
-        spread = few if row.verdict == NOT_ENOUGH else f" ± {row.found.high - row.found.mean:.1f}"
+        spread = few if row.verdict == NOT_ENOUGH else f" ±\N{NO-BREAK SPACE}{row.found.high - row.found.mean:.1f}"
         cells[labels["mask"]] = f"{mark}{row.found.mean:+.1f}{spread}{mark}"
     if not rows:
         return "Not run yet."
