@@ -26,7 +26,7 @@ from claim.costs_report import judge_costs
 from claim.design import SCENES, Claim, DataSet, Row, Run, flip, full_setting, glip, smoke_setting, weighted
 from claim.masks import CHOICE_SEEDS, CONFIRMING_SEEDS, cluster_choice, schedule_choice
 from claim.plan import plan
-from claim.records import pending, read, results_by_run, training_keys, write
+from claim.records import curves_by_run, pending, read, results_by_run, training_keys, write
 from claim.schedules import Masks
 from claim.verdicts import CONTRADICTED, NOT_ENOUGH, NOT_SHOWN, SHOWN, combined, verdict
 from clip_intervals import Difference, difference
@@ -241,6 +241,8 @@ class TestRecords:
         assert results_by_run([record(run, FULL, a=1.0)], FULL) == {run: {"a": 1.0}}
         repeated = [record(run, FULL, a=1.0), record(run, FULL, a=2.0, b=3.0)]
         assert results_by_run(repeated, FULL) == {run: {"a": 1.0, "b": 3.0}}
+        curves = [one | {"curve": {"top1": [place]}} for place, one in enumerate(repeated)]
+        assert curves_by_run(curves, FULL) == {run: {"top1": [0]}}
 
     def test_records_of_other_data_are_left_alone(self):
         cifar_only = full_setting("cpu", (DataSet("cifar10", 32),))
