@@ -315,13 +315,13 @@ def share_of_the_largest_class(data: CaptionedImages) -> float:
 
 def recall_by_chance(data: CaptionedImages) -> float:
     """The mean of retrieval's six recalls, in percent, that a ranking at random has on average."""
+    from scipy.stats import hypergeom  # a second, which a training should not wait for
+
     counts = [len(captions) for captions in data.all_captions] or [1] * len(data.captions)
     found = []
-    for k in RECALLS:
-        of_captions, of_images = min(k, sum(counts)), min(k, len(counts))
-        ways = math.comb(sum(counts), of_captions)
-        found.append(1 - statistics.fmean(math.comb(sum(counts) - own, of_captions) / ways for own in counts))
-        found.append(of_images / len(counts))
+    for k in RECALLS:  # at least one of an image's own captions among k of all; an image among k
+        found.append(hypergeom.sf(0, sum(counts), counts, min(k, sum(counts))).mean())
+        found.append(min(k, len(counts)) / len(counts))
     return 100 * statistics.fmean(found)
 
 
