@@ -29,7 +29,7 @@ import gaussmask
 EVERY_METHOD = (*METHODS, *OTHER_RULES)
 UNMASKED, REFERENCE = "clip", "flip"
 FEWEST_STEPS = 20  # of a run that is worth starting
-TIMED_STEPS = 8
+TIMED_STEPS, TIMED_SECONDS = 8, 6.0  # at a time, and at least, in turns: other work comes and goes
 TUNING_SHARE = 0.1  # of the passes
 USED_TIME, LATEST = 0.92, 1.1  # shares of the minutes: that runs are planned for, and after which no seed is begun
 
@@ -78,13 +78,7 @@ def advice(results: pd.DataFrame, blind: float = 0.0) -> str:
     taken, sentences = _which_mask(masks, reference) if masks else (reference, [])
     if UNMASKED in set(results["method"]) - {reference}:
         sentences.append(_does_it_pay(taken, differences(results, UNMASKED)[taken]))
-    means = results.groupby("method", sort=False)[last_column(results)].mean()
-    if poor := ", ".join(f"{method} ({mean:.1f})" for method, mean in means.items() if mean <= blind):
-        sentences.append(
-            f"But {blind:.1f} % can be had without looking at the images, and these have no more: {poor}. Longer runs, "
-            "which learn more, tell more."
-        )
-    return " ".join(sentences)
+    return " ".join([*sentences, *_blind_ones(results, blind)])
 
 
 def _which_mask(masks: Mapping[str, Difference], reference: str) -> tuple[str, list[str]]:
@@ -131,13 +125,29 @@ def _interval(own: Difference) -> str:
     return f"between {own.low:+.1f} and {own.high:+.1f}"
 
 
-def reading(results: pd.DataFrame) -> str:
-    """What the table says, for runs too few to conclude from."""
+def _blind_ones(results: pd.DataFrame, blind: float) -> list[str]:
+    """A sentence on the methods that have no more than `blind`, if there are any."""
+    means = results.groupby("method", sort=False)[last_column(results)].mean()
+    poor = ", ".join(f"{method} ({mean:.1f})" for method, mean in means.items() if mean <= blind)
+    if not poor:
+        return []
+    return [
+        f"But {blind:.1f} % can be had without looking at the images, and these have no more: {poor}. Longer runs, "
+        "which learn more, tell more."
+    ]
+
+
+def reading(results: pd.DataFrame, blind: float = 0.0) -> str:
+    """What the table says, for runs too few to conclude from.
+
+    Args:
+        blind: as in `advice`.
+    """
     means = results.groupby("method")[last_column(results)].mean().sort_values(ascending=False)
     ranks = ", ".join(f"{method} at {score:.1f} %" for method, score in means.items())
     seeds = results["seed"].nunique()
     caution = "One seed: a difference of a few points is noise." if seeds == 1 else f"{seeds} seeds each."
-    return f"After as many operations: {ranks}. {caution}"
+    return " ".join([f"After as many operations: {ranks}. {caution}", *_blind_ones(results, blind)])
 
 
 def table(results: pd.DataFrame) -> pd.DataFrame:
@@ -175,23 +185,25 @@ class Speed:
 
 
 def measure_speed(train_data: CaptionedImages, test_data: CaptionedImages, config: Config, score: Score) -> Speed:
-    """By a few steps with and without a mask, and two evaluations."""
-    seconds = []
-    for mask_ratio in (config.mask_ratio, 0.0):
-        torch.manual_seed(0)
-        model = build_model(config)
-        gaussmask.attach(model.visual, gaussmask.RandomPatchDropout(mask_ratio))
-        one_batch = train_data.head(config.batch_size)
-        records = train(
-            model, one_batch, config, epochs=TIMED_STEPS, lr=config.lr, seed=0, label="", advance=lambda images: None
-        )
-        seconds.append(statistics.median(config.batch_size / record["images_per_second"] for record in records[1:]))
+    """By the medians of steps with a mask and without one, in turns, and two evaluations."""
+    one_batch = train_data.head(config.batch_size)
+    torch.manual_seed(0)
+    model = build_model(config)
+    drop = gaussmask.RandomPatchDropout(config.mask_ratio)
+    gaussmask.attach(model.visual, drop)
+    recipe: dict[str, Any] = {"epochs": TIMED_STEPS, "lr": config.lr, "seed": 0, "label": ""}
+    seconds: dict[float, list[float]] = {config.mask_ratio: [], 0.0: []}
+    begun = time.monotonic()
+    while not seconds[0.0] or time.monotonic() - begun < TIMED_SECONDS:
+        for drop.mask_ratio, own in seconds.items():
+            records = train(model, one_batch, config, advance=lambda images: None, **recipe)
+            own += [config.batch_size / record["images_per_second"] for record in records[1:]]  # the first one is cold
     evaluations = []
     for _ in range(2):  # the first one is cold
         started = now(config.device)
         score.of(make_encoder(model, config), test_data)
         evaluations.append(now(config.device) - started)
-    masked, whole = seconds
+    masked, whole = (statistics.median(own) for own in (seconds[config.mask_ratio], seconds[0.0]))
     return Speed(masked, whole, min(evaluations))
 
 
@@ -223,7 +235,6 @@ def fit_into(
     num_seeds: int,
     num_train: int,
     num_test: int,
-    curve_points: int = CURVE_POINTS,
 ) -> Config:
     """The recipe with as many passes as all runs have time for, and a tenth of them for the tuning, if there is one.
 
@@ -232,7 +243,7 @@ def fit_into(
     """
     steps_per_pass = num_train // config.batch_size
     share, tuning_share = share_of_the_unmasked(config), TUNING_SHARE * (config.tuning_epochs > 0)
-    evaluations = len(COLUMNS) + (curve_points + (curve_points > 0)) * min(1.0, CURVE_IMAGES / num_test)
+    evaluations = len(COLUMNS) + (CURVE_POINTS + 1) * min(1.0, CURVE_IMAGES / num_test)
     training = 60 * minutes * USED_TIME / num_seeds - len(methods) * evaluations * speed.evaluation
     step_of_each = sum(share * speed.whole if method == UNMASKED else speed.masked for method in methods)
     step_of_each += len(methods) * tuning_share * speed.whole

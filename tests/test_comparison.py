@@ -131,6 +131,8 @@ def test_a_table_of_few_runs_is_read_without_a_conclusion():
         == "After as many operations: glip at 61.0 %, flip at 50.0 %. One seed: a difference of a few points is noise."
     )
     assert "2 seeds each" in comparison.reading(results_of(flip=[50.0, 51.0], glip=[61.0, 62.0]))
+    said = comparison.reading(results_of(flip=[50.0], glip=[61.04]), blind=50.5)
+    assert "50.5 % can be had without looking at the images, and these have no more: flip (50.0)." in said
 
 
 def test_operations_are_those_of_the_arithmetic():
@@ -162,15 +164,38 @@ def test_runs_fit_into_the_minutes():
     training = 2 * steps * 0.1 + steps * share * 0.3 + 3 * steps / 10 * 0.3
     evaluations = 3 * (3 + (8 + 1) * 1000 / 4000) * 2.0
     assert 5 * (training + evaluations) == pytest.approx(30 * 60 * comparison.USED_TIME)
-    assert comparison.fit_into(30, speed, TINY, methods, 5, 3200, 4000, curve_points=0).epochs > fitted.epochs
     assert comparison.fit_into(30, speed, replace(TINY, tuning_epochs=0), methods, 5, 3200, 4000).tuning_epochs == 0
     with pytest.raises(UserError, match=r"minutes: 1 leave .* each of 15 runs"):
         comparison.fit_into(1, speed, TINY, methods, 5, num_train=3200, num_test=4000)
 
 
-def test_speed_is_measured_by_a_few_steps():
-    speed = comparison.measure_speed(SCENES, TEST_SCENES, TINY, TOP1)
+@pytest.mark.parametrize("mask_ratio", [0.75, 0.0])
+def test_speed_is_measured_by_a_few_steps(monkeypatch, mask_ratio):
+    monkeypatch.setattr(comparison, "TIMED_SECONDS", 0.0)
+    speed = comparison.measure_speed(SCENES, TEST_SCENES, replace(TINY, mask_ratio=mask_ratio), TOP1)
     assert min(speed.masked, speed.whole, speed.evaluation) > 0
+
+
+@pytest.mark.parametrize("slow", [range(1, 3), range(30, 32), range(0)])
+def test_other_work_for_a_while_does_not_count_for_the_speed(monkeypatch, slow):
+    """A masked step takes 0.1 s and one on whole images 0.3 s, but four times that in some of the seconds."""
+    clock = 0.0
+
+    def train(model, data, config, *, epochs, **others):
+        nonlocal clock
+        (drop,) = (module for module in model.modules() if isinstance(module, gaussmask.PatchDropout))
+        records = []
+        for step in range(epochs):
+            seconds = (0.1 if drop.mask_ratio else 0.3) * (4 if int(clock) in slow else 1)
+            clock += seconds
+            records.append({"images_per_second": config.batch_size / (seconds + 9 * (step == 0))})
+        return records
+
+    monkeypatch.setattr(comparison, "train", train)
+    monkeypatch.setattr(comparison.time, "monotonic", lambda: clock)
+    speed = comparison.measure_speed(SCENES, TEST_SCENES, TINY, TOP1)
+    assert (speed.masked, speed.whole) == (pytest.approx(0.1), pytest.approx(0.3))
+    assert clock >= comparison.TIMED_SECONDS
 
 
 @pytest.mark.parametrize(("precision", "taken"), [("auto", "bf16"), ("fp32", "fp32")])

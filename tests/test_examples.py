@@ -273,6 +273,7 @@ def test_the_notebook_runs_at_a_small_size_and_is_committed_with_its_outputs(tmp
     shown = [output for cell in cells for output in cell.outputs]
     assert not any(output.output_type == "error" for output in shown)
     assert sum("image/png" in output.get("data", {}) for output in shown) == 4  # rules, data, curves, places
+    assert not any("without looking" in output.get("text", "") for output in shown)  # see clip_comparison.reading
     assert not any("needs_background" in output.get("metadata", {}) for output in shown)  # a box around a plot
     monkeypatch.setenv("GAUSSMASK_QUICK", "1")
     monkeypatch.setenv("GAUSSMASK_OUTPUT", str(tmp_path))
