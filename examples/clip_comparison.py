@@ -195,7 +195,8 @@ def measure_speed(train_data: CaptionedImages, test_data: CaptionedImages, confi
     seconds: dict[float, list[float]] = {config.mask_ratio: [], 0.0: []}
     begun = time.monotonic()
     while not seconds[0.0] or time.monotonic() - begun < TIMED_SECONDS:
-        for drop.mask_ratio, own in seconds.items():
+        for mask_ratio, own in seconds.items():
+            drop.mask_ratio = mask_ratio
             records = train(model, one_batch, config, advance=lambda images: None, **recipe)
             own += [config.batch_size / record["images_per_second"] for record in records[1:]]  # the first one is cold
     evaluations = []
