@@ -270,6 +270,14 @@ def test_the_notebook_runs_at_a_small_size_and_is_committed_with_its_outputs(tmp
     notebook = nbformat.read(EXAMPLES / "flip_vs_glip.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run `make notebook`"
+    told = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert re.findall(r"^## (.*)", told, re.MULTILINE) == [
+        "The masks",
+        "The data",
+        "Does masking pay?",
+        "When does the centre pay?",
+        "What to take from this",
+    ]
     shown = [output for cell in cells for output in cell.outputs]
     assert not any(output.output_type == "error" for output in shown)
     assert sum("image/png" in output.get("data", {}) for output in shown) == 4  # rules, data, curves, places
